@@ -1,0 +1,1 @@
+"""Checkpoints: portable, checked, atomic."""

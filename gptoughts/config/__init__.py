@@ -1,0 +1,1 @@
+"""Configuration: the typed tree, DeepSpeed's JSON, validation and the command line; imports no torch."""

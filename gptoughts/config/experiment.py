@@ -1,0 +1,148 @@
+"""The typed tree that describes one run; the command line, ``--help`` and YAML files are made from it.
+
+Fields that DeepSpeed's JSON may also hold default to ``None`` (unset): the JSON, the flag or the default of
+``config.deepspeed_json`` fills them in, see docs/config.md.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from gptoughts.config.model import ModelConfig
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """How ranks are arranged; data parallelism takes what is left of the world size."""
+
+    tensor: int = 1
+    """Ranks that share each layer's matrices (tensor parallelism)."""
+    pipeline: int = 1
+    """Pipeline stages; a later version accepts more than one."""
+    sequence: bool = False
+    """Shard norms and residuals over the tensor-parallel ranks along the sequence (needs tensor > 1)."""
+    timeout_seconds: float = 600.0
+    """How long a collective may wait before the run fails, in seconds."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where tokens come from."""
+
+    train: list[str] = field(default_factory=list)
+    """Indexed corpora: PREFIX, several PREFIXes, or WEIGHT PREFIX pairs (blended by weight). ``--data`` is short for it."""
+    valid: list[str] = field(default_factory=list)
+    """Indexed validation corpora; empty: PREFIX_valid beside a training PREFIX where it exists."""
+    tokenizer: str | None = None
+    """tokenizer.json or a folder with one; unset: the one recorded beside the corpus."""
+    cache_dir: str | None = None
+    """Folder for megatron-core's index caches; unset: a folder beside the corpus."""
+    prefetch_steps: int = 2
+    """Steps whose batches a background thread reads ahead."""
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW and the learning-rate schedule."""
+
+    lr: float | None = None
+    """Peak learning rate; unset: the preset's."""
+    min_lr_fraction: float = 0.1
+    """Learning rate at the end, as a fraction of the peak."""
+    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+    """Shape after the warmup: cosine decay, warmup-stable-decay, or constant."""
+    warmup_steps: int | None = None
+    """Steps of linear warmup from zero; unset: 2% of train.steps, at least 10 and at most 2000."""
+    decay_fraction: float = 0.2
+    """wsd only: the fraction of train.steps, at the end, over which the rate decays."""
+    beta1: float = 0.9
+    """AdamW's first-moment decay."""
+    beta2: float = 0.95
+    """AdamW's second-moment decay."""
+    eps: float = 1e-8
+    """AdamW's denominator term."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay of matrices; norms, biases and scalars have none."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Length, batch and precision of the run."""
+
+    steps: int = 1000
+    """Optimizer updates of the whole run; the schedule spans them."""
+    global_batch_size: int | None = None
+    """Samples per step over all ranks; accumulation follows from it. Unset: batch_size x data-parallel ranks x the JSON's accumulation."""
+    gradient_accumulation_steps: int | None = None
+    """Microbatches per step and rank; normally left to follow from train.global_batch_size."""
+    stop_after_steps: int | None = None
+    """Save and leave at this step, with schedules as for the whole run (as a preempted job does)."""
+    precision: Literal["fp32", "bf16", "fp16"] | None = None
+    """Precision of forward and backward; unset: the JSON's bf16/fp16 block, else bf16."""
+    valid_interval_steps: int = 100
+    """Validate every so many steps (and at the end); 0 switches it off."""
+    valid_samples: int = 64
+    """Samples per validation, the same ones each time; -1 takes the whole validation corpus."""
+    deterministic: bool = True
+    """Deterministic kernels, so that two runs in one place are equal to the bit."""
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """What is saved, when, and how much of it is kept."""
+
+    interval_steps: int = 500
+    """Save every so many steps (and at the end); 0: only at the end and on a signal."""
+    keep_last: int = 2
+    """Newest checkpoints that stay; 0 keeps all."""
+
+
+@dataclass(frozen=True)
+class Fp8Config:
+    """Fills ``"auto"`` values of the JSON's ``fp8`` block; nothing here is read while FP8 is not built."""
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    """What is written while training."""
+
+    interval_steps: int = 10
+    """One line in metrics.jsonl (and one event to each monitor) every so many steps."""
+    progress: Literal["auto", "always", "never"] = "auto"
+    """The progress bar; auto shows it on a terminal and prints plain lines elsewhere."""
+    plot: bool = True
+    """Draw OUTPUT_DIR/loss.png when the run ends."""
+
+
+@dataclass(frozen=True)
+class ExperimentConfig:
+    """One run."""
+
+    model_type: str = "gpt"
+    """Model family."""
+    size: str = "debug"
+    """Preset of the family."""
+    batch_size: int | None = None
+    """Samples per microbatch and data-parallel rank."""
+    block_size: int | None = None
+    """Sequence length in tokens; unset: the preset's."""
+    grad_clip: float | None = None
+    """Largest global gradient norm; 0 switches clipping off; unset: the JSON's, else 1.0."""
+    use_fp8: bool | None = None
+    """FP8 on or off; unset: what the JSON's fp8 block says."""
+    deepspeed_config: str | None = None
+    """DeepSpeed JSON file; unset: ZeRO stage 0."""
+    output_dir: str = "runs/default"
+    """Folder of this run: checkpoints, metrics.jsonl, loss.png, config.yaml."""
+    seed: int = 1234
+    """Seeds initial weights, data order, dropout and noise."""
+    resume: str = "auto"
+    """auto: the newest good checkpoint in output_dir, if any; none: start anew; or a checkpoint's folder."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)

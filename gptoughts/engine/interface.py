@@ -1,0 +1,107 @@
+"""What training and the engine say to each other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+
+class Microbatch(Protocol):
+    """What one forward consumes: made by an objective, opaque to the engine but for its denominator."""
+
+    @property
+    def denominator(self) -> Tensor:
+        """fp64 scalar on the CPU: what this microbatch adds to the step's denominator (e.g. target tokens)."""
+
+
+@dataclass(frozen=True)
+class ForwardOutput:
+    """What ``forward_step`` returns for one microbatch on the last pipeline stage."""
+
+    loss_sum: Tensor
+    """fp32 scalar with gradient: sum of weighted token losses, nats."""
+    extras: Mapping[str, Tensor] = field(default_factory=dict)
+    """Detached fp32 scalars to be summed over microbatches and data-parallel ranks for the log."""
+
+
+ForwardStep = Callable[[nn.Module, Any], ForwardOutput | Tensor]
+"""(chunk, microbatch) -> ForwardOutput on the last pipeline stage, the hidden states on others."""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One optimizer step, equal on all ranks."""
+
+    loss_sum: float
+    """Sum of weighted token losses over the global batch, nats."""
+    denominator: float
+    """Global denominator; loss = loss_sum / denominator."""
+    grad_norm: float
+    """Global gradient norm before clipping (each parameter counted once)."""
+    applied: bool
+    """False where the update was skipped (non-finite gradients)."""
+    extras: Mapping[str, float]
+    """Sums over the global batch of ``ForwardOutput.extras``."""
+    flags: Mapping[str, float]
+    """Sums over all ranks of the flags handed to ``train_step`` (they ride on its reduction)."""
+
+    @property
+    def loss(self) -> float:
+        """Mean loss, nats."""
+        return self.loss_sum / self.denominator
+
+
+@dataclass(frozen=True)
+class StateFragment:
+    """A contiguous piece of one parameter's training state that this rank owns, under the parameter's global name.
+
+    The piece is ``[start, start + numel)`` of the flattened tensor-parallel shard. Fragments of all ranks cover each
+    shard exactly once (replicas are written by one rank only, ``is_owner``).
+    """
+
+    name: str
+    """Global parameter name (layers numbered over the whole model)."""
+    kind: str
+    """"weight" (fp32 master where there is one), "exp_avg", "exp_avg_sq", ..."""
+    tensor: Tensor
+    """1-D view of the live state, fp32; loading copies into it."""
+    start: int
+    """Offset in the flattened tensor-parallel shard, in elements."""
+    shard_shape: tuple[int, ...]
+    """Shape of this rank's tensor-parallel shard."""
+    partition_dim: int | None
+    """Tensor dimension that tensor parallelism divides; None where every tensor-parallel rank holds the whole."""
+    partition_stride: int
+    """megatron-core's partition_stride: 2 for fused SwiGLU (gate and up interleaved per rank), else 1."""
+    is_owner: bool
+    """Whether this rank writes the fragment."""
+
+
+class Engine(Protocol):
+    """The face of ``engine.deepspeed_engine.TrainEngine``."""
+
+    chunks: Sequence[nn.Module]
+
+    def train_step(
+        self, microbatches: Sequence[Microbatch], *, lr: float, flags: Mapping[str, float] | None = None
+    ) -> StepResult:
+        """Forward, backward and one update. Collective: every rank of the world."""
+
+    def eval_step(self, microbatches: Sequence[Microbatch]) -> StepResult:
+        """Forward only (grad_norm 0, applied False). Collective: every rank of the world."""
+
+    def state_fragments(self) -> Sequence[StateFragment]:
+        """This rank's pieces of weights and optimizer state. Collective: none."""
+
+    def scalar_state(self) -> dict[str, Any]:
+        """JSON-able state that is no tensor: optimizer step counts, loss scale."""
+
+    def load_state(self, read: Callable[[StateFragment], torch.Tensor], scalars: Mapping[str, Any]) -> None:
+        """Fill every fragment with what ``read`` returns for it, then refresh the model's own weights.
+
+        Collective: data-parallel group (weights are gathered again).
+        """

@@ -1,0 +1,53 @@
+"""What a model family is: a record that the registry holds; imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from gptoughts.config.model import ModelConfig
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A published or house shape of a family."""
+
+    model: ModelConfig
+    """The whole shape."""
+    source: str
+    """URL, or paper and table, that the shape was taken from."""
+    num_parameters: int
+    """Parameter count stated by the source (or counted once, for a house shape); tests compare within 1%."""
+    lr: float
+    """Peak learning rate that the source used for this size."""
+    batch_size: int = 8
+    """Default samples per microbatch."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """One line of the registry."""
+
+    name: str
+    summary: str
+    config_class: type[ModelConfig]
+    presets: Mapping[str, Preset]
+    model_builder: str
+    """Dotted path ``package.module:function`` of the function that builds the model."""
+    objective: str
+    """Dotted path of the objective's class."""
+    def load_model_builder(self) -> Any:
+        """Import and return the builder (torch and megatron-core load here)."""
+        return _load(self.model_builder)
+
+    def load_objective(self) -> Any:
+        """Import and return the objective's class."""
+        return _load(self.objective)
+
+
+def _load(dotted: str) -> Any:
+    from importlib import import_module
+
+    module, _, name = dotted.partition(":")
+    return getattr(import_module(module), name)

@@ -1,0 +1,1 @@
+"""Dense decoder with multi-head latent attention."""

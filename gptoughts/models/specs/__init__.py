@@ -1,0 +1,1 @@
+"""Layer specs that pick the modules of a transformer layer."""
