@@ -1,0 +1,164 @@
+"""Process groups: torch.distributed, megatron-core's model-parallel groups, and the random states they imply."""
+
+from __future__ import annotations
+
+import datetime
+import logging
+import math
+import os
+
+import torch
+import torch.distributed as dist
+
+from gptoughts.config.experiment import ParallelConfig
+from gptoughts.errors import ConfigError
+from gptoughts.platform import device, mcore_cpu
+
+logger = logging.getLogger(__name__)
+
+_REPLICA_SEED_STRIDE = 1_000_003
+
+
+def initialize(parallel: ParallelConfig, *, seed: int) -> None:
+    """Make every process group of this run and seed the generators of its ranks.
+
+    Groups that already exist are replaced, so that one process may change its layout (tests do). Without a launcher's
+    environment the world is this one process.
+
+    Args:
+        parallel: The layout; data parallelism takes what tensor and pipeline leave of the world.
+        seed: The run's seed.
+
+    Raises:
+        ConfigError: the world size is not divisible by tensor x pipeline.
+        PlatformError: unsupported megatron-core, or fewer devices than ranks.
+
+    Collective: every rank of the world.
+    """
+    device.claim_device()
+    mcore_cpu.install()
+    # megatron-core reads torch.cuda at import in places: only import it once the replacements stand.
+    from megatron.core import parallel_state
+
+    _initialize_world(parallel.timeout_seconds)
+    model_ranks = parallel.tensor * parallel.pipeline
+    if dist.get_world_size() % model_ranks:
+        raise ConfigError(
+            f"parallel.tensor={parallel.tensor} x parallel.pipeline={parallel.pipeline}: the world size "
+            f"{dist.get_world_size()} is not divisible by {model_ranks}"
+        )
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        distributed_timeout_minutes=math.ceil(parallel.timeout_seconds / 60),
+        create_gloo_process_groups=device.is_cuda(),
+    )
+    seed_ranks(seed)
+
+
+def seed_ranks(seed: int) -> None:
+    """Seed torch and megatron-core's tracker, so that dropout differs wherever samples or activations differ.
+
+    The default generator is equal on tensor-parallel ranks (they drop the same residual elements) and differs between
+    replicas and stages; the tracker's model-parallel state differs between tensor-parallel ranks as well.
+
+    Collective: none (reads the groups).
+    """
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    # Megatron-LM's spacing of pipeline stages (training/initialize.py): tensor-parallel ranks stay within 100.
+    stage_seed = seed + 100 * parallel_state.get_pipeline_model_parallel_rank()
+    replica_seed = stage_seed + _REPLICA_SEED_STRIDE * parallel_state.get_data_parallel_rank()
+    device.seed_device(replica_seed)
+    model_parallel_cuda_manual_seed(replica_seed)
+
+
+def destroy() -> None:
+    """Take down megatron-core's groups and the world. Collective: every rank of the world."""
+    from megatron.core import parallel_state
+
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _initialize_world(timeout_seconds: float) -> None:
+    if dist.is_initialized():
+        return
+    timeout = datetime.timedelta(seconds=timeout_seconds)
+    backend = device.communication_backend()
+    options = {"device_id": device.current_device()} if device.is_cuda() else {}
+    if "WORLD_SIZE" in os.environ and "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=timeout, **options)
+        return
+    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout, **options)
+
+
+def tensor_parallel_size() -> int:
+    """Ranks of this rank's tensor-parallel group."""
+    from megatron.core import parallel_state
+
+    return int(parallel_state.get_tensor_model_parallel_world_size())
+
+
+def tensor_parallel_rank() -> int:
+    """This rank's place in its tensor-parallel group."""
+    from megatron.core import parallel_state
+
+    return int(parallel_state.get_tensor_model_parallel_rank())
+
+
+def tensor_parallel_group() -> dist.ProcessGroup:
+    """This rank's tensor-parallel group."""
+    from megatron.core import parallel_state
+
+    return parallel_state.get_tensor_model_parallel_group()
+
+
+def data_parallel_group() -> dist.ProcessGroup:
+    """The ranks that hold the same shard of the model."""
+    from megatron.core import parallel_state
+
+    return parallel_state.get_data_parallel_group()
+
+
+def data_parallel_size() -> int:
+    """Replicas of the model."""
+    from megatron.core import parallel_state
+
+    return int(parallel_state.get_data_parallel_world_size())
+
+
+def data_parallel_rank() -> int:
+    """This rank's replica."""
+    from megatron.core import parallel_state
+
+    return int(parallel_state.get_data_parallel_rank())
+
+
+def rank() -> int:
+    """Rank in the world; 0 before it exists."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """Ranks in the world; 1 before it exists."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rng_tracker_states() -> dict[str, torch.Tensor]:
+    """States of megatron-core's tracker by name (part of a bitwise resume); clones."""
+    from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+
+    return {name: state.clone() for name, state in get_cuda_rng_tracker().get_states().items()}
+
+
+def set_rng_tracker_states(states: dict[str, torch.Tensor]) -> None:
+    """Set what :func:`rng_tracker_states` returned."""
+    from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+
+    get_cuda_rng_tracker().set_states({name: state.clone() for name, state in states.items()})
