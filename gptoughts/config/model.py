@@ -1,8 +1,12 @@
-"""The shape of a model in megatron-core's words; families extend it (``models/<f>/config.py``)."""
+"""The shape of a model in megatron-core's words, and the arithmetic that follows from it; families extend it
+(``models/<f>/config.py``)."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Self
+
+VOCABULARY_MULTIPLE = 128
 
 
 @dataclass(frozen=True)
@@ -13,12 +17,12 @@ class ModelConfig:
     """Transformer layers."""
     hidden_size: int = 256
     """Width of the residual stream."""
-    ffn_hidden_size: int = 688
+    ffn_hidden_size: int = 704
     """Width of the feed-forward layer (of each half of SwiGLU)."""
     num_attention_heads: int = 4
     """Query heads."""
     vocab_size: int = 8192
-    """Entries of the tokenizer; the embedding is padded up to a multiple of 128."""
+    """Entries of the tokenizer; the embedding is padded up to a multiple of 128. Not given: the corpus's."""
     seq_length: int = 512
     """Sequence length in tokens that the preset was made for; --block_size overrides it."""
     rotary_base: int = 10000
@@ -26,21 +30,72 @@ class ModelConfig:
     layernorm_epsilon: float = 1e-5
     """Added to the variance in RMSNorm."""
     attention_dropout: float = 0.0
-    """Dropout of attention probabilities."""
+    """Dropout of attention probabilities, a probability."""
     hidden_dropout: float = 0.0
-    """Dropout of each block's output."""
+    """Dropout of each block's output, a probability."""
     untie_embeddings_and_output_weights: bool = True
     """Separate matrices for the embedding and the output layer."""
     add_qkv_bias: bool = False
     """Bias in the query, key and value projections."""
     init_method_std: float = 0.02
-    """Standard deviation of initial weights."""
+    """Standard deviation of initial weights; output projections have it divided by sqrt(2 x num_layers)."""
 
     @property
     def padded_vocab_size(self) -> int:
         """vocab_size rounded up to a multiple of 128, the same for every layout."""
-        return -(-self.vocab_size // 128) * 128
+        return -(-self.vocab_size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+
+    def filled(self) -> Self:
+        """This shape with every field that follows from others filled in."""
+        return self
 
     def problems(self) -> list[str]:
-        """Everything about this shape that cannot be built, one line each; empty where it can."""
-        return []
+        """Everything about this shape that cannot be built, one line each (``field=value: reason``)."""
+        found = []
+        for name in ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "vocab_size", "seq_length",
+                     "rotary_base", "layernorm_epsilon", "init_method_std"):  # fmt: skip
+            value = getattr(self, name)
+            if not value > 0:
+                found.append(f"{name}={value}: must be greater than 0")
+        for name in ("attention_dropout", "hidden_dropout"):
+            value = getattr(self, name)
+            if not 0 <= value < 1:
+                found.append(f"{name}={value}: a probability from 0 up to, but not including, 1")
+        return found
+
+    def tensor_parallel_divisors(self) -> dict[str, int]:
+        """What tensor parallelism divides: name -> count; each has to be a multiple of ``parallel.tensor``."""
+        return {
+            "num_attention_heads": self.num_attention_heads,
+            "ffn_hidden_size": self.ffn_hidden_size,
+            "padded vocab_size": self.padded_vocab_size,
+        }
+
+    def attention_parameters(self) -> int:
+        """Parameters of one layer's attention, with the norms inside it."""
+        raise NotImplementedError(f"{type(self).__name__} does not say how large its attention is")
+
+    def attention_width(self) -> int:
+        """Multiply-adds of one layer's attention per (query, key) pair: heads x (query-key size + value size)."""
+        raise NotImplementedError(f"{type(self).__name__} does not say how wide its attention is")
+
+    def feed_forward_parameters(self) -> int:
+        """Parameters of one layer's feed-forward part (SwiGLU: gate, up and down matrix)."""
+        return 3 * self.hidden_size * self.ffn_hidden_size
+
+    def layer_parameters(self) -> int:
+        """Parameters of one layer, its two norms included."""
+        return self.attention_parameters() + self.feed_forward_parameters() + 2 * self.hidden_size
+
+    def active_layer_parameters(self) -> int:
+        """Parameters of one layer that a token passes; fewer than all where experts are chosen."""
+        return self.layer_parameters()
+
+    def embedding_parameters(self) -> int:
+        """Parameters of the embedding matrix, padding included."""
+        return self.padded_vocab_size * self.hidden_size
+
+    def total_parameters(self) -> int:
+        """Parameters of the whole model, padding of the vocabulary included."""
+        matrices = 2 if self.untie_embeddings_and_output_weights else 1
+        return matrices * self.embedding_parameters() + self.num_layers * self.layer_parameters() + self.hidden_size

@@ -37,6 +37,9 @@ class Family:
     """Dotted path ``package.module:function`` of the function that builds the model."""
     objective: str
     """Dotted path of the objective's class."""
+    is_causal: bool = True
+    """Whether a token attends to earlier ones only (halves the cost of attention)."""
+
     def load_model_builder(self) -> Any:
         """Import and return the builder (torch and megatron-core load here)."""
         return _load(self.model_builder)
