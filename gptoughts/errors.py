@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 USER_ERROR_STATUS = 2
+_PRINTING_SECONDS = 5.0
 
 
 class GptoughtsError(Exception):
@@ -45,6 +47,9 @@ class DataError(GptoughtsError, RuntimeError):
 def exit_with(error: GptoughtsError) -> NoReturn:
     """Print the problems to stderr (one rank only, unless the error is rank-local) and leave with status 2."""
     rank = int(os.environ.get("RANK", "0"))
+    if rank != 0 and not error.is_rank_local:
+        # A launcher ends all ranks as soon as one leaves: give rank 0 the time to print.
+        time.sleep(_PRINTING_SECONDS)
     if rank == 0 or error.is_rank_local:
         prefix = f"[rank {rank}] " if error.is_rank_local else ""
         for problem in error.problems:

@@ -1,0 +1,175 @@
+"""Saving and restoring a run on all ranks at once."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from megatron.core import parallel_state
+from safetensors import SafetensorError
+
+from gptoughts.checkpoint import layout
+from gptoughts.checkpoint.portable import CheckpointReader, write_shard
+from gptoughts.engine.interface import Engine
+from gptoughts.errors import CheckpointError
+from gptoughts.platform import random_state
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class CheckpointManager:
+    """Checkpoints of one run.
+
+    Args:
+        run: The run's folder.
+        keep_last: Newest checkpoints that stay; 0 keeps all.
+        config_yaml: The resolved configuration, stored with every checkpoint.
+        identity: What makes the model this one (family and shape); compared on resume.
+        tokenizer: tokenizer.json to carry along, if there is one.
+    """
+
+    run: Path
+    keep_last: int
+    config_yaml: str
+    identity: Mapping[str, Any]
+    tokenizer: Path | None = None
+
+    def save(self, engine: Engine, train_state: Mapping[str, Any]) -> Path:
+        """Write a checkpoint of the present step and make it the latest.
+
+        Raises:
+            CheckpointError: on every rank, where any rank could not write; what was written is removed and earlier
+                checkpoints stay.
+        Collective: every rank of the world.
+        """
+        rank = dist.get_rank()
+        folder = layout.step_folder(self.run, int(train_state["step"]))
+        records: dict[str, layout.FileRecord] = {}
+        self._on_rank_zero(folder, lambda: layout.start_partial(folder))
+        partial = layout.partial_folder(folder)
+        problem, record = None, None
+        try:
+            record = write_shard(
+                partial / layout.shard_file(rank),
+                engine.state_fragments(),
+                random_state.capture(),
+                tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
+                tensor_size=parallel_state.get_tensor_model_parallel_world_size(),
+            )
+        except (OSError, SafetensorError) as error:
+            problem = f"rank {rank}: {error}"
+        answers: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(answers, (problem, record))
+        self._raise_where_any(folder, [found for found, _ in answers])
+        records = {layout.shard_file(r): record for r, (_, record) in enumerate(answers)}
+        scalars = engine.scalar_state()
+        self._on_rank_zero(folder, lambda: self._finish(folder, records, {**train_state, "engine": scalars}))
+        return folder
+
+    def _finish(self, folder: Path, records: dict[str, layout.FileRecord], state: dict[str, Any]) -> None:
+        partial = layout.partial_folder(folder)
+        layout.write_atomically(partial / layout.CONFIG, self.config_yaml)
+        layout.write_atomically(partial / layout.TRAIN_STATE, json.dumps(state, indent=2) + "\n")
+        names = [layout.CONFIG, layout.TRAIN_STATE]
+        if self.tokenizer is not None:
+            shutil.copyfile(self.tokenizer, partial / layout.TOKENIZER)
+            layout.sync_file(partial / layout.TOKENIZER)
+            names.append(layout.TOKENIZER)
+        records = records | {name: layout.FileRecord.of(partial / name) for name in names}
+        layout.write_manifest(
+            partial, records, {"step": state["step"], "world_size": dist.get_world_size(), "model": dict(self.identity)}
+        )
+        layout.publish(folder, keep_last=self.keep_last)
+
+    def _on_rank_zero(self, folder: Path, work: Callable[[], object]) -> None:
+        """Run ``work`` on rank 0; all ranks learn whether it went well. Collective: every rank of the world."""
+        problem: list[str | None] = [None]
+        if dist.get_rank() == 0:
+            try:
+                work()
+            except OSError as error:
+                problem = [f"rank 0: {error}"]
+        dist.broadcast_object_list(problem, src=0)
+        self._raise_where_any(folder, problem)
+
+    def _raise_where_any(self, folder: Path, problems: list[str | None]) -> None:
+        found = [problem for problem in problems if problem]
+        if not found:
+            return
+        if dist.get_rank() == 0:
+            shutil.rmtree(layout.partial_folder(folder), ignore_errors=True)
+        kept = layout.list_checkpoints(self.run)
+        last = f"the last good checkpoint is {kept[-1]}" if kept else "there is no earlier checkpoint"
+        raise CheckpointError([f"{folder}: could not be saved: {'; '.join(found)}; {last}"])
+
+    def find(self, resume: str) -> CheckpointReader | None:
+        """The checkpoint to resume from, verified; None: start anew.
+
+        Raises:
+            CheckpointError: on every rank: none at the path, all damaged, or of another model.
+        Collective: every rank of the world.
+        """
+        problems: list[str] = []
+        chosen: Path | None = None
+        try:
+            chosen = layout.first_good(layout.candidates(self.run, resume), self._damage_of, logger.warning)
+        except CheckpointError as error:
+            problems = error.problems
+        if problems:
+            raise CheckpointError(problems)
+        if chosen is None:
+            return None
+        reader = CheckpointReader(chosen)
+        self._check_identity(reader)
+        return reader
+
+    def _damage_of(self, folder: Path) -> list[str]:
+        """Every rank checks its share of the files; all get all findings. Collective: every rank of the world."""
+        found: list[str] = []
+        try:
+            files = layout.read_manifest(folder)["files"]
+            mine = list(files)[dist.get_rank() :: dist.get_world_size()]
+            found = [damage for name in mine if (damage := layout.find_damage(folder, name, files[name]))]
+        except CheckpointError as error:
+            found = error.problems if dist.get_rank() == 0 else []
+        except OSError as error:
+            found = [f"{folder}: {error}"]
+        everyone: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, found)
+        return [damage for per_rank in everyone for damage in per_rank]
+
+    def _check_identity(self, reader: CheckpointReader) -> None:
+        saved = reader.manifest.get("model", {})
+        problems = [
+            f"{reader.folder}: is a checkpoint of another model: {key}={saved.get(key)!r} there, {value!r} here"
+            for key, value in self.identity.items()
+            if saved.get(key) != value
+        ]
+        if problems:
+            raise CheckpointError([*problems, "use another --output_dir, or --resume none"])
+
+    def restore(self, reader: CheckpointReader, engine: Engine, names: list[str]) -> dict[str, Any]:
+        """Fill the engine and the random number generators from a checkpoint; returns its train_state.
+
+        Raises:
+            CheckpointError: names or shapes differ.
+        Collective: every rank of the world.
+        """
+        state = json.loads((reader.folder / layout.TRAIN_STATE).read_text())
+        reader.check_names(engine.state_fragments(), names=names)
+        tensor_rank = parallel_state.get_tensor_model_parallel_rank()
+        tensor_size = parallel_state.get_tensor_model_parallel_world_size()
+        engine.load_state(
+            lambda fragment: reader.fragment(fragment, tensor_rank=tensor_rank, tensor_size=tensor_size),
+            state["engine"],
+        )
+        if reader.manifest["world_size"] == dist.get_world_size():
+            random_state.restore(reader.rng(dist.get_rank()))
+        return state

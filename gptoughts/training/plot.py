@@ -1,0 +1,103 @@
+"""Loss curves of one or several runs as a PNG; imports no torch."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from gptoughts.errors import DataError
+from gptoughts.training.metrics import METRICS_FILE, read_metrics
+
+X_AXES = {
+    "steps": ("step", "optimizer steps", 1.0),
+    "tokens": ("consumed_tokens", "tokens seen (millions)", 1e-6),
+    "time": ("seconds", "training time (minutes)", 1 / 60),
+}
+_SMOOTHING = 0.9
+
+
+def smoothed(values: Sequence[float]) -> list[float]:
+    """Exponential moving average without the bias towards the first value."""
+    out, total, weight = [], 0.0, 0.0
+    for value in values:
+        total = _SMOOTHING * total + (1 - _SMOOTHING) * value
+        weight = _SMOOTHING * weight + (1 - _SMOOTHING)
+        out.append(total / weight)
+    return out
+
+
+def draw_runs(runs: Sequence[Path], output: Path, *, x: str = "tokens") -> Path:
+    """Draw training loss (raw and smoothed) and validation loss of each run.
+
+    Args:
+        runs: Run folders, or their metrics.jsonl.
+        output: PNG to write; replaced as a whole.
+        x: ``steps``, ``tokens`` or ``time``.
+    Returns:
+        ``output``.
+    Raises:
+        DataError: a run has no metrics, or the picture cannot be written.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    key, label, scale = X_AXES[x]
+    figure, axes = pyplot.subplots(figsize=(9, 5.5), layout="constrained")
+    for number, run in enumerate(runs):
+        path = run if run.is_file() else run / METRICS_FILE
+        lines = [line for line in read_metrics(path) if key in line]
+        train = [line for line in lines if "loss" in line]
+        valid = [line for line in lines if "valid_loss" in line]
+        if not train and not valid:
+            raise DataError(f"{path}: holds no losses to draw")
+        name, colour = path.parent.name, f"C{number}"
+        xs = [line[key] * scale for line in train]
+        losses = [line["loss"] for line in train]
+        axes.plot(xs, losses, color=colour, alpha=0.25, linewidth=1)
+        axes.plot(xs, smoothed(losses), color=colour, label=f"{name}: train")
+        if valid:
+            _draw_validation(axes, valid, key, scale, name, colour)
+    axes.set_xlabel(label)
+    axes.set_ylabel("loss (nats per token)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    temporary = output.with_name(output.name + ".partial")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(temporary, dpi=120, format="png")
+        os.replace(temporary, output)
+    except OSError as error:
+        raise DataError(f"{output}: cannot be written: {error.strerror}") from None
+    finally:
+        pyplot.close(figure)
+    return output
+
+
+def _draw_validation(axes: Any, valid: list[dict[str, Any]], key: str, scale: float, name: str, colour: str) -> None:
+    axes.plot(
+        [line[key] * scale for line in valid],
+        [line["valid_loss"] for line in valid],
+        color=colour,
+        linestyle="--",
+        marker="o",
+        markersize=4,
+        label=f"{name}: validation, last {valid[-1]['valid_loss']:.3f}",
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """``tools/plot_run.py``."""
+    parser = argparse.ArgumentParser(description="Draw the loss curves of one or several runs into one PNG.")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder, or its metrics.jsonl")
+    parser.add_argument("--x", choices=list(X_AXES), default="tokens", help="the horizontal axis (default: %(default)s)")
+    parser.add_argument("--output", type=Path, help="PNG to write (default: loss.png in the first run's folder)")
+    arguments = parser.parse_args(argv)
+    first: Path = arguments.runs[0]
+    output = arguments.output or (first.parent if first.is_file() else first) / "loss.png"
+    print(draw_runs(arguments.runs, output, x=arguments.x))
+    return 0

@@ -1,0 +1,138 @@
+"""The training loop: steps, and callbacks around them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from gptoughts.data.loader import StepLoader
+from gptoughts.engine.interface import Engine, StepResult
+from gptoughts.objectives.base import Objective
+
+STOP_FLAG = "stop"
+
+
+@dataclass
+class TrainState:
+    """Where a run stands; saved with every checkpoint."""
+
+    step: int = 0
+    """Optimizer steps done (skipped ones included)."""
+    consumed_samples: int = 0
+    """Samples read; the data order goes on from here."""
+    consumed_tokens: int = 0
+    """Tokens read."""
+    seconds: float = 0.0
+    """Time spent in steps, over all resumptions."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-able form."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """One finished step, as callbacks see it."""
+
+    result: StepResult
+    lr: float
+    step_seconds: float
+    """Wall time of the whole step, data included."""
+    data_seconds: float
+    """Part of it spent waiting for data."""
+    num_tokens: int
+    """Tokens of the global batch."""
+    num_samples: int
+    """Samples of the global batch."""
+
+
+class Callback:
+    """Something that happens around steps; every method runs on every rank, in the order of the list."""
+
+    def on_train_start(self, trainer: Trainer) -> None:
+        """Before the first step."""
+
+    def on_step_end(self, trainer: Trainer, report: StepReport) -> None:
+        """After each step."""
+
+    def on_train_end(self, trainer: Trainer) -> None:
+        """After the last step, or the one at which the run was asked to stop."""
+
+
+class Trainer:
+    """Runs steps until the run's end, ``stop_after_steps`` or a request to stop.
+
+    Args:
+        engine: Does forward, backward and update.
+        objective: Turns rows into microbatches.
+        loader: Yields each step's batches for this data-parallel rank.
+        learning_rate: Step number (from 0) to learning rate.
+        state: Where the run stands.
+        last_step: Step after which this process leaves.
+        device: Where microbatches go.
+        samples_per_step: Global batch size.
+        sequence_length_tokens: Tokens per sample.
+        stop_requested: Whether this rank was asked to stop.
+        callbacks: In the order in which they run.
+    """
+
+    def __init__(
+        self,
+        *,
+        engine: Engine,
+        objective: Objective,
+        loader: StepLoader,
+        learning_rate: Callable[[int], float],
+        state: TrainState,
+        last_step: int,
+        device: torch.device,
+        samples_per_step: int,
+        sequence_length_tokens: int,
+        stop_requested: Callable[[], bool],
+        callbacks: Sequence[Callback],
+    ) -> None:
+        self.engine = engine
+        self.objective = objective
+        self.loader = loader
+        self.learning_rate = learning_rate
+        self.state = state
+        self.last_step = last_step
+        self.device = device
+        self.samples_per_step = samples_per_step
+        self.sequence_length_tokens = sequence_length_tokens
+        self.stop_requested = stop_requested
+        self.callbacks = list(callbacks)
+        self.was_stopped = False
+        """Whether a request ended the run before its last step (equal on all ranks)."""
+
+    def train(self) -> None:
+        """Run all steps. Collective: every rank of the world."""
+        for callback in self.callbacks:
+            callback.on_train_start(self)
+        while self.state.step < self.last_step and not self.was_stopped:
+            report = self._train_step()
+            self.was_stopped = report.result.flags[STOP_FLAG] > 0
+            for callback in self.callbacks:
+                callback.on_step_end(self, report)
+        for callback in self.callbacks:
+            callback.on_train_end(self)
+
+    def _train_step(self) -> StepReport:
+        started = time.perf_counter()
+        batches = self.loader.next_step()
+        data_seconds = time.perf_counter() - started
+        microbatches = [self.objective.prepare(b.tokens, b.sample_indices).to(self.device) for b in batches]
+        lr = self.learning_rate(self.state.step)
+        flags: Mapping[str, float] = {STOP_FLAG: float(self.stop_requested())}
+        result = self.engine.train_step(microbatches, lr=lr, flags=flags)
+        seconds = time.perf_counter() - started
+        num_tokens = self.samples_per_step * self.sequence_length_tokens
+        self.state.step += 1
+        self.state.consumed_samples += self.samples_per_step
+        self.state.consumed_tokens += num_tokens
+        self.state.seconds += seconds
+        return StepReport(result, lr, seconds, data_seconds, num_tokens, self.samples_per_step)
