@@ -11,14 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from megatron.core import parallel_state
 from safetensors import SafetensorError
 
-from gptoughts.checkpoint import layout
+from gptoughts.checkpoint import layout, random_state
 from gptoughts.checkpoint.portable import CheckpointReader, write_shard
 from gptoughts.engine.interface import Engine
 from gptoughts.errors import CheckpointError
-from gptoughts.platform import random_state
+from gptoughts.parallel import groups
 
 logger = logging.getLogger(__name__)
 
@@ -60,8 +59,8 @@ class CheckpointManager:
                 partial / layout.shard_file(rank),
                 engine.state_fragments(),
                 random_state.capture(),
-                tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
-                tensor_size=parallel_state.get_tensor_model_parallel_world_size(),
+                tensor_rank=groups.tensor_parallel_rank(),
+                tensor_size=groups.tensor_parallel_size(),
             )
         except (OSError, SafetensorError) as error:
             problem = f"rank {rank}: {error}"
@@ -164,8 +163,8 @@ class CheckpointManager:
         """
         state = json.loads((reader.folder / layout.TRAIN_STATE).read_text())
         reader.check_names(engine.state_fragments(), names=names)
-        tensor_rank = parallel_state.get_tensor_model_parallel_rank()
-        tensor_size = parallel_state.get_tensor_model_parallel_world_size()
+        tensor_rank = groups.tensor_parallel_rank()
+        tensor_size = groups.tensor_parallel_size()
         engine.load_state(
             lambda fragment: reader.fragment(fragment, tensor_rank=tensor_rank, tensor_size=tensor_size),
             state["engine"],

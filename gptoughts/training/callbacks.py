@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from gptoughts.checkpoint.manager import CheckpointManager
-from gptoughts.engine.interface import Engine
 from gptoughts.training.evaluate import ValidationResult, Validator
 from gptoughts.training.metrics import MetricsFile
 from gptoughts.training.trainer import Callback, StepReport, Trainer
@@ -33,11 +31,13 @@ class ValidationCallback(Callback):
         self.last_step = -1
 
     def on_step_end(self, trainer: Trainer, report: StepReport) -> None:
-        if self._interval_steps and trainer.state.step % self._interval_steps == 0:
+        is_due = self._interval_steps and trainer.state.step % self._interval_steps == 0
+        if is_due or trainer.state.step == trainer.last_step:
             self._run(trainer)
 
     def on_train_end(self, trainer: Trainer) -> None:
-        if self.last_step != trainer.state.step and not trainer.was_stopped:
+        # A run that was over before it started still says where it stands.
+        if self.last_step < 0 and not trainer.was_stopped:
             self._run(trainer)
 
     def _run(self, trainer: Trainer) -> None:
@@ -93,13 +93,8 @@ class MetricsCallback(Callback):
             self._flush(trainer)
 
     def on_train_end(self, trainer: Trainer) -> None:
-        extra = self._validation.line(trainer.state.step) if self._validation else {}
         if self._pending:
             self._flush(trainer)
-        elif extra and "valid_loss" not in self.last:
-            # The closing validation came after the last step's line: a line of its own, with the same step.
-            self.last = {**self.last, "step": trainer.state.step, **extra}
-            self._emit({"step": trainer.state.step, "consumed_tokens": trainer.state.consumed_tokens, **extra})
         if self._file is not None:
             self._file.close()
 
@@ -236,16 +231,3 @@ class ProgressCallback(Callback):
     def on_train_end(self, trainer: Trainer) -> None:
         if self._bar is not None:
             self._bar.stop()
-
-
-def finish_line(engine: Engine, validation: ValidationCallback | None, run: Path) -> list[str]:
-    """What the terminal says when a run is over."""
-    lines = []
-    if validation is not None and validation.last is not None:
-        found = validation.last
-        lines.append(
-            f"validation loss {found.nats_per_token:.4f} nats per token, {found.bits_per_byte:.4f} bits per byte "
-            f"({found.num_samples} samples)"
-        )
-    lines.append(f"run folder {run}")
-    return lines

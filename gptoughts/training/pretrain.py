@@ -1,0 +1,69 @@
+"""``launchers/pretrain.py``: read the configuration, then print it or train; torch loads only for training."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from gptoughts.checkpoint import layout
+from gptoughts.config.cli import load_experiment
+from gptoughts.config.experiment import ExperimentConfig
+from gptoughts.config.resolve import Inspection
+from gptoughts.data.corpus import inspect_corpus
+from gptoughts.errors import CheckpointError, DataError
+from gptoughts.models.registry import FAMILIES
+
+
+def inspect(config: ExperimentConfig) -> Inspection:
+    """Look at what the configuration names on disk: corpus, tokenizer, output folder, checkpoint."""
+    problems: list[str] = []
+    vocab_size: int | None = None
+    if config.data.train or config.data.tokenizer:
+        try:
+            vocab_size = inspect_corpus(config.data, seq_length=config.block_size or config.model.seq_length).vocab_size
+        except DataError as error:
+            problems += error.problems
+    try:
+        layout.candidates(Path(config.output_dir), config.resume)
+    except CheckpointError as error:
+        problems += [f"--resume {line}" for line in error.problems]
+    problems += _output_problems(Path(config.output_dir))
+    return Inspection(vocab_size=vocab_size, problems=problems)
+
+
+def _output_problems(folder: Path) -> list[str]:
+    """Whether the output folder can be written (nothing is made: ``--dry_run`` leaves no trace)."""
+    if folder.exists() and not folder.is_dir():
+        return [f"output_dir={folder}: is a file; a folder is needed"]
+    existing = folder
+    while not existing.exists():
+        existing = existing.parent
+    if not existing.is_dir():
+        return [f"output_dir={folder}: {existing} is a file, so no folder can be made below it"]
+    if not os.access(existing, os.W_OK | os.X_OK):
+        return [f"output_dir={folder}: {existing} cannot be written by this user"]
+    return []
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the program; returns its exit status.
+
+    Raises:
+        GptoughtsError: whatever the user can mend.
+    """
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    experiment = load_experiment(arguments, FAMILIES, world_size=world_size, inspect=inspect)
+    if experiment.dry_run:
+        from gptoughts.training.summary import print_summary
+
+        if int(os.environ.get("RANK", "0")) == 0:
+            print_summary(experiment, FAMILIES[experiment.config.model_type])
+        return 0
+    if not experiment.config.data.train:
+        raise DataError("data.train is empty: name a corpus with --data PREFIX (tools/preprocess_data.py makes one)")
+    from gptoughts.training.setup import run
+
+    return run(experiment)

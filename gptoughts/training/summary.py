@@ -1,0 +1,52 @@
+"""What ``--dry_run`` prints: the resolved tree, parameters, FLOPs and bytes per rank; imports no torch."""
+
+from __future__ import annotations
+
+import json
+
+from gptoughts.config.cli import to_yaml
+from gptoughts.config.resolve import Experiment
+from gptoughts.models.family import Family
+from gptoughts.models.flops import count_parameters, flops_per_token
+
+_MIB = 1024**2
+
+
+def memory_per_rank(experiment: Experiment, num_parameters: int) -> dict[str, int]:
+    """Bytes per rank of parameters, gradients and optimizer state.
+
+    ZeRO (arXiv:1910.02054, section 3): stage 1 divides the optimizer's state over the data-parallel ranks, stage 2 the
+    gradients too, stage 3 the parameters too. AdamW keeps two fp32 moments, and an fp32 master copy of weights that
+    are not fp32 themselves. Tensor parallelism divides (almost) everything; norms, which it does not, are small.
+    """
+    precision = experiment.config.train.precision
+    size = experiment.data_parallel_size
+    shard = num_parameters / experiment.config.parallel.tensor
+    width = 4 if precision == "fp32" else 2
+    stage = experiment.zero_stage
+    master = 0 if precision == "fp32" and stage == 0 else 4
+    return {
+        "parameters": int(shard * width / (size if stage >= 3 else 1)),
+        "gradients": int(shard * width / (size if stage >= 2 else 1)),
+        "optimizer": int(shard * (8 + master) / (size if stage >= 1 else 1)),
+    }
+
+
+def print_summary(experiment: Experiment, family: Family) -> None:
+    """Print the resolved configuration and what it costs."""
+    config = experiment.config
+    count = count_parameters(family, config.model)
+    sequence = config.block_size or config.model.seq_length
+    flops = flops_per_token(family, config.model, sequence)
+    memory = memory_per_rank(experiment, count.total)
+    print(to_yaml(config).rstrip())
+    print("\n# DeepSpeed")
+    print(json.dumps(experiment.deepspeed, indent=2))
+    print("\n# cost")
+    print(f"parameters                {count.total:,} ({count.embedding:,} in the embedding)")
+    print(f"FLOPs per token           {flops:,} (forward and backward, sequence of {sequence})")
+    print(f"samples per step          {experiment.samples_per_step} ({experiment.samples_per_step * sequence:,} tokens)")
+    print(f"ranks                     tensor {config.parallel.tensor} x data {experiment.data_parallel_size}")
+    for name, num_bytes in memory.items():
+        print(f"{name + ' per rank':<25} {num_bytes / _MIB:,.1f} MiB")
+    print(f"{'sum per rank':<25} {sum(memory.values()) / _MIB:,.1f} MiB (activations come on top)")
