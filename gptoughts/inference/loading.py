@@ -1,0 +1,69 @@
+"""Whole weights from a checkpoint of any layout, ready to run on this one process."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from gptoughts.checkpoint import layout
+from gptoughts.checkpoint.portable import CheckpointReader
+from gptoughts.config.cli import from_yaml
+from gptoughts.config.experiment import ExperimentConfig, ParallelConfig
+from gptoughts.data.tokenizer import Tokenizer, load_tokenizer
+from gptoughts.errors import CheckpointError
+from gptoughts.models.language_model import global_parameter_names
+from gptoughts.models.registry import FAMILIES
+from gptoughts.parallel import groups
+from gptoughts.platform import device
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model in evaluation mode with its tokenizer and the configuration that it was trained with."""
+
+    model: nn.Module
+    tokenizer: Tokenizer
+    config: ExperimentConfig
+    checkpoint: Path
+
+
+def load_model(path: Path) -> LoadedModel:
+    """Read a run's newest checkpoint, or the one at ``path``, onto one device (fp32 on a CPU, bf16 on CUDA).
+
+    Raises:
+        CheckpointError: there is none, a file is damaged, or names and shapes are not those of its configuration.
+        DataError: it carries no readable tokenizer.
+    Collective: none; makes the groups of a world of this one process.
+    """
+    folder = layout.locate(path)
+    files = layout.read_manifest(folder)["files"]
+    damage = [found for name, record in files.items() if (found := layout.find_damage(folder, name, record))]
+    if damage:
+        raise CheckpointError(damage)
+    if layout.TOKENIZER not in files:
+        raise CheckpointError(f"{folder}: carries no {layout.TOKENIZER}, so prompts cannot be read")
+    saved = from_yaml((folder / layout.CONFIG).read_text(encoding="utf-8"), FAMILIES)
+    config = dataclasses.replace(saved, parallel=ParallelConfig())
+    groups.initialize(config.parallel, seed=config.seed)
+    dtype = torch.bfloat16 if device.is_cuda() else torch.float32
+    model = FAMILIES[config.model_type].load_model_builder()(config, params_dtype=dtype)
+    _fill(model, CheckpointReader(folder))
+    model.eval()
+    return LoadedModel(model, load_tokenizer(folder / layout.TOKENIZER), config, folder)
+
+
+def _fill(model: nn.Module, reader: CheckpointReader) -> None:
+    parameters = global_parameter_names(model)
+    reader.check_names([], names=parameters)
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            value = reader.full(name)
+            if value.shape != parameter.shape:
+                raise CheckpointError(
+                    f"{reader.folder}: {name} has shape {tuple(value.shape)}, {tuple(parameter.shape)} expected"
+                )
+            parameter.copy_(value)
