@@ -1,0 +1,166 @@
+"""Self-attention layers whose training path is ours; projections, norms and the core come from the layer spec.
+
+megatron-core's forward is written around its inference engine and CUDA kernels: on a CPU it copies query, key and value
+several times and recomputes cos and sin in every layer. Here the heads stay views of the projection until they are
+turned. ``rotary_pos_emb`` is the table of ``models.rotary``, made once per forward by the language model.
+
+Legend: s sequence, b microbatch, h hidden, np heads on this rank, ng key/value heads on this rank, hn head dim,
+c latent rank (q_lora_rank or kv_lora_rank), d rotary size.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel.mappings import (
+    gather_from_sequence_parallel_region,
+    gather_from_tensor_model_parallel_region,
+    scatter_to_sequence_parallel_region,
+)
+from megatron.core.transformer.attention import SelfAttention as UpstreamSelfAttention
+from megatron.core.transformer.multi_latent_attention import MLASelfAttention as UpstreamMLASelfAttention
+from torch import Tensor
+
+from gptoughts.models.rotary import rotate
+
+
+def _refuse(given: dict[str, Any]) -> None:
+    """megatron-core's layer passes every option of its inference engine; none may be set."""
+    set_options = sorted(name for name, value in given.items() if value is not None)
+    if set_options:
+        raise ValueError(f"self-attention was given {', '.join(set_options)}; this layer trains and has no cache")
+
+
+class _CoreCall:
+    """What both layers share: recomputation of the core attention, and packing."""
+
+    def _core(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, packed: PackedSeqParams | None
+    ) -> Tensor:
+        if packed is not None:
+            query, key, value = (x.squeeze(1) for x in (query, key, value))
+        if self.checkpoint_core_attention and self.training:  # type: ignore[attr-defined]
+            out = self._checkpointed_attention_forward(  # type: ignore[attr-defined]
+                query, key, value, mask, attn_mask_type=self.attn_mask_type, packed_seq_params=packed  # type: ignore[attr-defined]
+            )
+        else:
+            out = self.core_attention(  # type: ignore[attr-defined]
+                query,
+                key,
+                value,
+                mask,
+                attn_mask_type=self.attn_mask_type,  # type: ignore[attr-defined]
+                packed_seq_params=packed,
+            )
+        return out.reshape(out.size(0), 1, -1) if packed is not None else out
+
+
+class SelfAttention(_CoreCall, UpstreamSelfAttention):
+    """Multi-head or grouped-query attention with rotary embedding."""
+
+    def forward(  # type: ignore[override]
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None,
+        rotary_pos_emb: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+        **upstream_options: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attend and project.
+
+        Args:
+            hidden_states: [s, b, h] (under sequence parallelism s is this rank's part).
+            attention_mask: As in ``SDPACoreAttention.forward``.
+            rotary_pos_emb: Table [2, s, 1 or b, 1, hn/2].
+            packed_seq_params: Lengths of packed sequences; b is 1 then.
+
+        Returns:
+            [s, b, h], and the bias that was not added (None without one).
+
+        Collective: tensor-parallel group.
+        """
+        _refuse(upstream_options)
+        query, key, value = self._split_heads(self.linear_qkv(hidden_states)[0])
+        if self.q_layernorm is not None:
+            query = self.q_layernorm(query)
+        if self.k_layernorm is not None:
+            key = self.k_layernorm(key)
+        if rotary_pos_emb is not None:
+            query, key = rotate(query, rotary_pos_emb), rotate(key, rotary_pos_emb)
+        return self.linear_proj(self._core(query, key, value, attention_mask, packed_seq_params))
+
+    def _split_heads(self, mixed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """[s, b, ng * (np/ng + 2) * hn] to [s, b, np, hn], [s, b, ng, hn], [s, b, ng, hn]; views but for grouped q."""
+        s, b, _ = mixed.shape
+        groups, head_dim = self.num_query_groups_per_partition, self.hidden_size_per_attention_head
+        per_group = self.num_attention_heads_per_partition // groups
+        heads = mixed.view(s, b, groups, per_group + 2, head_dim)
+        query = heads[..., :per_group, :]
+        query = query.squeeze(3) if per_group == 1 else query.reshape(s, b, groups * per_group, head_dim)
+        return query, heads[..., per_group, :], heads[..., per_group + 1, :]
+
+
+class MLASelfAttention(_CoreCall, UpstreamMLASelfAttention):
+    """Multi-head latent attention in its expanded form (DeepSeek-V2, arXiv:2405.04434, section 2.1).
+
+    q = W_qb RMS(W_qa x) and [c | k_r] = W_kva x; per head, k = [W_uk RMS(c) | rope(k_r)], v = W_uv RMS(c).
+    """
+
+    def forward(  # type: ignore[override]
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None,
+        rotary_pos_emb: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+        **upstream_options: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attend and project; arguments and result as in :meth:`SelfAttention.forward`, tables of the rotary size.
+
+        Collective: tensor-parallel group.
+        """
+        _refuse(upstream_options)
+        assert rotary_pos_emb is not None, "latent attention has no position but the rotary part's"
+        query = self._query(hidden_states, rotary_pos_emb)
+        key, value = self._key_value(hidden_states, rotary_pos_emb)
+        return self.linear_proj(self._core(query, key, value, attention_mask, packed_seq_params))
+
+    def _query(self, hidden_states: Tensor, table: Tensor) -> Tensor:
+        """[s, b, h] to [s, b, np, qk_head_dim + d]."""
+        if self.config.q_lora_rank is None:
+            query, _ = self.linear_q_proj(hidden_states)
+        else:
+            latent, _ = self.linear_q_down_proj(hidden_states)
+            query, _ = self.linear_q_up_proj(self.q_layernorm(self._whole_latent(latent, self.config.q_lora_rank)))
+        heads = query.view(*query.shape[:2], self.num_attention_heads_per_partition, self.q_head_dim)
+        plain, turned = heads.split([self.config.qk_head_dim, self.config.qk_pos_emb_head_dim], dim=-1)
+        return torch.cat((plain, rotate(turned, table)), dim=-1)
+
+    def _key_value(self, hidden_states: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
+        """[s, b, h] to [s, b, np, qk_head_dim + d] and [s, b, np, v_head_dim]."""
+        config = self.config
+        sizes = [config.kv_lora_rank, config.qk_pos_emb_head_dim]
+        combined, _ = self.linear_kv_down_proj(hidden_states)
+        if combined.size(-1) != sum(sizes):  # a column-parallel projection
+            latent, shared = gather_from_tensor_model_parallel_region(combined).split(sizes, dim=-1)
+            if config.sequence_parallel:
+                latent = scatter_to_sequence_parallel_region(latent)
+        else:
+            latent, shared = combined.split(sizes, dim=-1)
+            if self.world_size > 1 and config.sequence_parallel:
+                shared = gather_from_sequence_parallel_region(shared, group=self.tp_group)
+        expanded, _ = self.linear_kv_up_proj(self.kv_layernorm(latent))
+        heads = expanded.view(
+            *expanded.shape[:2], self.num_attention_heads_per_partition, config.qk_head_dim + config.v_head_dim
+        )
+        plain, value = heads.split([config.qk_head_dim, config.v_head_dim], dim=-1)
+        turned = rotate(shared.unsqueeze(2), table).expand(-1, -1, plain.size(2), -1)
+        return torch.cat((plain, turned), dim=-1), value
+
+    def _whole_latent(self, latent: Tensor, size: int) -> Tensor:
+        """The whole latent of this rank's part of the sequence, from a column-parallel or a replicated projection."""
+        if latent.size(-1) == size:
+            return latent
+        latent = gather_from_tensor_model_parallel_region(latent)
+        return scatter_to_sequence_parallel_region(latent) if self.config.sequence_parallel else latent

@@ -1,0 +1,99 @@
+"""Initial weights, keyed by (seed, global parameter name): equal for every layout, with and without ZeRO-3.
+
+Matrices are drawn from N(0, std^2); those that write to the residual stream (attention output, second feed-forward
+projection) from N(0, std^2 / (2 L)), as GPT-2 does (Radford et al. 2019, section 2.3; Shoeybi et al.,
+arXiv:1909.08053), so that the stream's variance does not grow with depth. Norm weights are 1, biases 0.
+Every rank draws the whole tensor and keeps its tensor-parallel slice.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor, nn
+from torch.nn import Parameter
+
+Gathered = Callable[[list[Parameter]], AbstractContextManager[object]]
+"""Makes parameters whole inside the context and shares what was written (ZeRO-3's GatheredParameters)."""
+
+_RESIDUAL_OUTPUTS = ("linear_proj.weight", "linear_fc2.weight")
+
+
+def keep_as_is(_parameters: list[Parameter]) -> AbstractContextManager[object]:
+    """``Gathered`` for parameters that are whole already."""
+    return nullcontext()
+
+
+def initialize_parameters(
+    parameters: dict[str, Parameter],
+    *,
+    seed: int,
+    std: float,
+    num_layers: int,
+    tensor_parallel_rank: int = 0,
+    tensor_parallel_size: int = 1,
+    gathered: Gathered = keep_as_is,
+) -> None:
+    """Write every parameter's initial value.
+
+    Args:
+        parameters: By global name (``language_model.global_parameter_names``).
+        seed: The run's seed.
+        std: Standard deviation of matrices.
+        num_layers: Layers of the whole model, for the residual outputs' scale.
+        tensor_parallel_rank: Which slice of divided parameters is this rank's.
+        tensor_parallel_size: How many slices there are.
+        gathered: Makes a parameter whole while it is written.
+
+    Collective: the data-parallel group where ``gathered`` is ZeRO-3's.
+    """
+    for name, parameter in parameters.items():
+        with gathered([parameter]), torch.no_grad():
+            divided_dim, stride = partition_of(parameter)
+            size = tensor_parallel_size if divided_dim is not None else 1
+            shape = list(parameter.shape)
+            if divided_dim is not None:
+                shape[divided_dim] *= size
+            whole = initial_value(name, tuple(shape), seed=seed, std=std, num_layers=num_layers)
+            if divided_dim is not None:
+                whole = slice_of(whole, divided_dim, stride, tensor_parallel_rank, size)
+            parameter.copy_(whole)
+
+
+def initial_value(name: str, shape: tuple[int, ...], *, seed: int, std: float, num_layers: int) -> Tensor:
+    """The whole initial value of a parameter: fp32 on the CPU, a function of the arguments alone."""
+    if len(shape) < 2:
+        is_norm = "norm" in name.rsplit(".", 2)[-2] or name.endswith("norm_weight")
+        return torch.ones(shape) if is_norm and name.endswith("weight") else torch.zeros(shape)
+    scaled = std / math.sqrt(2.0 * num_layers) if name.endswith(_RESIDUAL_OUTPUTS) else std
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+    return torch.empty(shape).normal_(0.0, scaled, generator=generator)
+
+
+def partition_of(parameter: Tensor) -> tuple[int | None, int]:
+    """The dimension that tensor parallelism divides (None: every rank has the whole), and megatron-core's stride."""
+    if not getattr(parameter, "tensor_model_parallel", False):
+        return None, 1
+    return int(parameter.partition_dim), int(parameter.partition_stride)  # type: ignore[attr-defined]
+
+
+def slice_of(whole: Tensor, dim: int, stride: int, rank: int, size: int) -> Tensor:
+    """Rank's part: the ``rank``-th of ``size`` slices of each of ``stride`` blocks (2: fused gate and up) along dim."""
+    blocks = whole.chunk(stride, dim=dim)
+    return torch.cat([block.chunk(size, dim=dim)[rank] for block in blocks], dim=dim)
+
+
+def join_slices(slices: list[Tensor], dim: int, stride: int) -> Tensor:
+    """The whole of what :func:`slice_of` divided, from all ranks' parts in order."""
+    blocks = [part.chunk(stride, dim=dim) for part in slices]
+    return torch.cat([part[index] for index in range(stride) for part in blocks], dim=dim)
+
+
+def count_elements(module: nn.Module) -> int:
+    """Elements of all parameters on this rank, each counted once (whole sizes under ZeRO-3)."""
+    return sum(int(getattr(parameter, "ds_numel", parameter.numel())) for parameter in module.parameters())

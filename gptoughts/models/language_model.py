@@ -1,0 +1,204 @@
+"""The language model of every decoder family: megatron-core's GPTModel with our forward, rotary tables and loss.
+
+Legend: s sequence, b microbatch, h hidden, v vocabulary on this rank.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_parallel_region
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+from torch.nn import Parameter
+
+from gptoughts.config.experiment import ExperimentConfig
+from gptoughts.models.cross_entropy import cross_entropy
+from gptoughts.models.initialization import Gathered, initialize_parameters, keep_as_is
+from gptoughts.models.rotary import rotary_table
+from gptoughts.parallel import groups
+
+ConstructionContext = Callable[[], AbstractContextManager[object]]
+
+_LAYER = re.compile(r"(?<=decoder\.layers\.)\d+(?=\.)")
+
+
+class LanguageModel(GPTModel):
+    """A decoder with rotary positions.
+
+    Args:
+        config: megatron-core's configuration.
+        layer_spec: One layer, for all layers.
+        vocab_size: Padded vocabulary, whole.
+        seq_length: Longest sequence, in tokens.
+        rotary_dim: Size of a head's rotary part.
+        rotary_base: Base of its wavelengths.
+        share_embeddings_and_output_weights: One matrix for both ends.
+        pre_process: This stage embeds tokens.
+        post_process: This stage makes logits.
+        vp_stage: Virtual pipeline stage.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_spec: ModuleSpec,
+        *,
+        vocab_size: int,
+        seq_length: int,
+        rotary_dim: int,
+        rotary_base: float,
+        share_embeddings_and_output_weights: bool,
+        pre_process: bool = True,
+        post_process: bool = True,
+        vp_stage: int | None = None,
+    ) -> None:
+        super().__init__(
+            config=config,
+            transformer_layer_spec=layer_spec,
+            vocab_size=vocab_size,
+            max_sequence_length=seq_length,
+            pre_process=pre_process,
+            post_process=post_process,
+            parallel_output=True,
+            share_embeddings_and_output_weights=share_embeddings_and_output_weights,
+            # Our attention turns its heads by models.rotary's tables, which need no module.
+            position_embedding_type="none",
+            vp_stage=vp_stage,
+        )
+        self.rotary_dim = rotary_dim
+        self.rotary_base = rotary_base
+
+    def forward(  # type: ignore[override]
+        self,
+        input_ids: Tensor | None,
+        position_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+    ) -> Tensor:
+        """Loss per token, logits, or on a stage without the output layer its hidden states.
+
+        Args:
+            input_ids: int64 [b, s]; every stage and tensor-parallel rank gets the whole sequence.
+            position_ids: int64 [b, s]; unset: 0 ... s-1.
+            attention_mask: As in ``SDPACoreAttention.forward``; unset: what the layer spec says (causal or none).
+            labels: int64 [b, s], already shifted where the objective shifts.
+            packed_seq_params: Lengths of the sequences packed into one row (b = 1).
+
+        Returns:
+            fp32 [b, s] nats with labels; logits [b, s, whole vocabulary] without; [s, b, h] before the last stage.
+
+        Collective: tensor-parallel group.
+        """
+        assert input_ids is not None, "every stage gets the tokens: their shape gives the positions"
+        hidden_states = self.embedding(input_ids=input_ids, position_ids=None) if self.pre_process else None
+        hidden_states = self.decoder(
+            hidden_states=hidden_states,
+            attention_mask=attention_mask,
+            rotary_pos_emb=self._rotary_table(input_ids.size(1), position_ids),
+            packed_seq_params=packed_seq_params,
+        )
+        if not self.post_process:
+            return hidden_states
+        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        logits, _ = self.output_layer(hidden_states, weight=weight)
+        if labels is None:
+            return gather_from_tensor_model_parallel_region(logits).transpose(0, 1)
+        return self.compute_language_model_loss(labels, logits)
+
+    def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
+        """Per-token loss, fp32 [b, s], of logits [s, b, v] that nothing else may use. Collective: tensor parallel."""
+        s, b, v = logits.shape
+        group = groups.tensor_parallel_group() if self.config.tensor_model_parallel_size > 1 else None
+        loss = cross_entropy(logits.view(s * b, v), labels.t().reshape(s * b), group)
+        return loss.view(s, b).t()
+
+    def _rotary_table(self, length: int, position_ids: Tensor | None) -> Tensor:
+        covered = max(self.max_sequence_length, length)
+        if position_ids is None:
+            table = rotary_table(covered, self.rotary_dim, self.rotary_base, self.config.params_dtype)
+            return table[:, :length]
+        return rotary_table(covered, self.rotary_dim, self.rotary_base, self.config.params_dtype, position_ids)
+
+
+def global_parameter_names(model: torch.nn.Module) -> dict[str, Parameter]:
+    """Parameters by a name that is the same in every layout: layers are numbered over the whole model.
+
+    A parameter that two modules share (tied embeddings) appears once, under its first name.
+    """
+    first_layers = {
+        name: module.layer_number - 1  # type: ignore[union-attr,operator]
+        for name, module in model.named_modules()
+        if re.search(r"decoder\.layers\.\d+$", name)
+    }
+    names: dict[str, Parameter] = {}
+    for name, parameter in model.named_parameters():
+        match = _LAYER.search(name)
+        if match:
+            number = first_layers[name[: match.end()]]
+            name = f"{name[: match.start()]}{number}{name[match.end() :]}"
+        names[name] = parameter
+    return names
+
+
+def build_language_model(
+    config: ExperimentConfig,
+    transformer_config: TransformerConfig,
+    layer_spec: ModuleSpec,
+    *,
+    rotary_dim: int,
+    pre_process: bool = True,
+    post_process: bool = True,
+    vp_stage: int | None = None,
+    construction_context: ConstructionContext = nullcontext,
+    gathered: Gathered = keep_as_is,
+) -> LanguageModel:
+    """Construct inside ``construction_context``, then write the initial weights.
+
+    Args:
+        config: The run.
+        transformer_config: Its model in megatron-core's terms.
+        layer_spec: One layer.
+        rotary_dim: Size of a head's rotary part.
+        pre_process: This stage embeds tokens.
+        post_process: This stage makes logits.
+        vp_stage: Virtual pipeline stage.
+        construction_context: ``deepspeed.zero.Init`` under ZeRO-3.
+        gathered: ``deepspeed.zero.GatheredParameters`` under ZeRO-3.
+
+    Collective: tensor-parallel group; the data-parallel group under ZeRO-3.
+    """
+    model = config.model
+    with construction_context():
+        language_model = LanguageModel(
+            transformer_config,
+            layer_spec,
+            vocab_size=model.padded_vocab_size,
+            seq_length=config.block_size or model.seq_length,
+            rotary_dim=rotary_dim,
+            rotary_base=model.rotary_base,
+            share_embeddings_and_output_weights=not model.untie_embeddings_and_output_weights,
+            pre_process=pre_process,
+            post_process=post_process,
+            vp_stage=vp_stage,
+        )
+    initialize_parameters(
+        global_parameter_names(language_model),
+        seed=config.seed,
+        std=model.init_method_std,
+        num_layers=model.num_layers,
+        tensor_parallel_rank=groups.tensor_parallel_rank(),
+        tensor_parallel_size=groups.tensor_parallel_size(),
+        gathered=gathered,
+    )
+    return language_model
+
+
+__all__ = ["ConstructionContext", "LanguageModel", "build_language_model", "global_parameter_names"]

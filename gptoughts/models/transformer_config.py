@@ -1,0 +1,95 @@
+"""megatron-core's TransformerConfig for one of our model shapes and layouts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
+from torch import Tensor
+
+from gptoughts.config.experiment import ParallelConfig
+from gptoughts.config.model import ModelConfig
+from gptoughts.models.gpt.config import GPTConfig
+from gptoughts.models.mla.config import MLAConfig
+from gptoughts.platform import device
+
+
+def leave_uninitialized(weight: Tensor) -> None:
+    """The init method that megatron-core gets: ``models.initialization`` writes values once the model stands."""
+
+
+def gpt_transformer_config(
+    model: GPTConfig, parallel: ParallelConfig, *, params_dtype: torch.dtype
+) -> TransformerConfig:
+    """megatron-core's configuration of a multi-head or grouped-query decoder."""
+    filled = model.filled()
+    return TransformerConfig(
+        **_common_fields(model, parallel, params_dtype),
+        num_query_groups=filled.num_query_groups,
+        kv_channels=filled.kv_channels,
+        qk_layernorm=model.qk_layernorm,
+        add_qkv_bias=model.add_qkv_bias,
+    )
+
+
+def mla_transformer_config(
+    model: MLAConfig, parallel: ParallelConfig, *, params_dtype: torch.dtype
+) -> MLATransformerConfig:
+    """megatron-core's configuration of a decoder with multi-head latent attention."""
+    return MLATransformerConfig(
+        **_common_fields(model, parallel, params_dtype),
+        multi_latent_attention=True,
+        # 0.19.2 (transformer/mla_qk_norm_config.py:79) wants the latent norms said here as well as in the spec.
+        qk_layernorm=True,
+        q_lora_rank=model.q_lora_rank,
+        kv_lora_rank=model.kv_lora_rank,
+        qk_head_dim=model.qk_head_dim,
+        qk_pos_emb_head_dim=model.qk_pos_emb_head_dim,
+        v_head_dim=model.v_head_dim,
+        rope_type="rope",
+        rotary_base=model.rotary_base,
+        # megatron-core's default is YaRN's factor 40, which it reads for the softmax scale under plain RoPE too
+        # (transformer/multi_latent_attention.py:116, 0.16.1).
+        rotary_scaling_factor=1.0,
+        mscale=1.0,
+        mscale_all_dim=0.0,
+    )
+
+
+def _common_fields(model: ModelConfig, parallel: ParallelConfig, params_dtype: torch.dtype) -> dict[str, Any]:
+    is_cuda = device.is_cuda()
+    return {
+        "num_layers": model.num_layers,
+        "hidden_size": model.hidden_size,
+        "ffn_hidden_size": model.ffn_hidden_size,
+        "num_attention_heads": model.num_attention_heads,
+        "hidden_dropout": model.hidden_dropout,
+        "attention_dropout": model.attention_dropout,
+        "normalization": "RMSNorm",
+        "layernorm_epsilon": model.layernorm_epsilon,
+        "gated_linear_unit": True,
+        "activation_func": F.silu,
+        "add_bias_linear": False,
+        "init_method": leave_uninitialized,
+        "output_layer_init_method": leave_uninitialized,
+        # 0.16 and later initialise embeddings by a method of their own.
+        "embedding_init_method": leave_uninitialized,
+        "params_dtype": params_dtype,
+        "pipeline_dtype": params_dtype,
+        "bf16": params_dtype is torch.bfloat16,
+        "fp16": params_dtype is torch.float16,
+        "tensor_model_parallel_size": parallel.tensor,
+        "pipeline_model_parallel_size": parallel.pipeline,
+        "sequence_parallel": parallel.sequence,
+        # jit and CUDA features, chosen where they exist; on a CPU our own kernels stand in their place.
+        "bias_dropout_fusion": is_cuda,
+        "bias_activation_fusion": is_cuda,
+        "masked_softmax_fusion": False,
+        "gradient_accumulation_fusion": False,
+        "apply_rope_fusion": False,
+        "persist_layer_norm": device.is_transformer_engine_usable(),
+        "cross_entropy_loss_fusion": False,
+        "calculate_per_token_loss": False,
+    }
