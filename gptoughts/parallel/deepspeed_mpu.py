@@ -26,8 +26,12 @@ class DeepSpeedMpu:
         return self.get_model_parallel_group().size()
 
     def get_model_parallel_rank(self) -> int:
-        """This rank's place in its copy of the model; rank 0 counts replicated parameters in norms."""
-        return self.get_model_parallel_group().rank()
+        """The tensor-parallel rank: where it is 0, parameters that tensor parallelism replicates count in norms.
+
+        ZeRO-3 asks for this rank and nothing finer (runtime/zero/stage3.py:376 of 0.19.8). The rank within tensor x
+        pipeline would leave the norms of later stages without their replicated parameters.
+        """
+        return self.get_tensor_model_parallel_rank()
 
     def get_tensor_model_parallel_group(self) -> ProcessGroup:
         """Ranks that divide each matrix."""

@@ -1,0 +1,240 @@
+"""One optimizer step of any layout: megatron-core's schedule runs the microbatches, DeepSpeed shards and updates.
+
+The loss of a step is Σ loss_sum / Σ denominator, both sums over all microbatches and data-parallel ranks. The
+denominators are known before the first forward, so one all-reduce gives the global one, and each microbatch's loss is
+
+    loss_sum · num_microbatches · data_parallel_size / global_denominator;
+
+megatron-core's mean over microbatches and DeepSpeed's mean over ranks then give the exact global mean, however unequal
+the microbatches are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import deepspeed
+import torch
+from megatron.core import parallel_state
+from torch import Tensor, nn
+
+from gptoughts.config.experiment import OptimConfig
+from gptoughts.engine import state
+from gptoughts.engine.interface import ForwardOutput, ForwardStep, Microbatch, StateFragment, StepResult
+from gptoughts.engine.optimizer import build_optimizer
+from gptoughts.engine.pipeline import ChunkDispatcher, ChunkProxy, is_last_stage, run_schedule
+from gptoughts.engine.reductions import (
+    is_log_contributor,
+    is_replica_contributor,
+    sum_over_world,
+    sum_tensor_parallel_gradients,
+)
+from gptoughts.engine.zero_engine import (
+    build_zero_engine,
+    has_optimizer_offload,
+    partitioned_construction,
+    zero_stage,
+)
+from gptoughts.errors import DataError
+
+
+def construction_context(
+    deepspeed_json: Mapping[str, Any], params_dtype: torch.dtype
+) -> Callable[[], AbstractContextManager[Any]]:
+    """The context in which a model is to be constructed; under ZeRO-3 its parameters are born sharded.
+
+    Args:
+        deepspeed_json: The resolved JSON.
+        params_dtype: Dtype of the model's parameters.
+    Collective: entering it under ZeRO-3, every rank of the world.
+    """
+    return partitioned_construction(deepspeed_json, params_dtype) if zero_stage(deepspeed_json) == 3 else nullcontext
+
+
+def gathered(parameters: Sequence[nn.Parameter]) -> AbstractContextManager[Any]:
+    """Whole parameters inside the context, also where ZeRO-3 has sharded them; what is written there stays.
+
+    Every rank has to write the same values: each keeps its own part of what data-parallel rank 0 wrote.
+    Collective: data-parallel group, where the parameters are sharded.
+    """
+    sharded = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
+    if not sharded:
+        return nullcontext()
+    first_rank = parallel_state.get_data_parallel_src_rank(with_context_parallel=True)
+    return deepspeed.zero.GatheredParameters(sharded, modifier_rank=first_rank)
+
+
+class TrainEngine:
+    """See :class:`gptoughts.engine.interface.Engine`.
+
+    Args:
+        chunks: This rank's model chunks; each has ``config`` (a TransformerConfig) and ``set_input_tensor``.
+        forward_step: Runs one microbatch through a chunk.
+        optim: AdamW's settings; the learning rate comes with every step.
+        deepspeed_json: The resolved DeepSpeed JSON.
+        parameter_names: Global name to parameter, each parameter once; the frozen ones may be left out.
+        seq_length: Tokens per sequence, for what pipeline stages exchange.
+    Collective: every rank of the world.
+    """
+
+    def __init__(
+        self,
+        chunks: Sequence[nn.Module],
+        forward_step: ForwardStep,
+        optim: OptimConfig,
+        deepspeed_json: Mapping[str, Any],
+        *,
+        parameter_names: Mapping[str, nn.Parameter],
+        seq_length: int = 1,
+    ) -> None:
+        self.chunks = list(chunks)
+        self.zero_stage = zero_stage(deepspeed_json)
+        self._forward_step = forward_step
+        self._parameters = dict(parameter_names)
+        self._seq_length = seq_length
+        self._micro_batch_size = int(deepspeed_json.get("train_micro_batch_size_per_gpu", 1))
+        self._data_parallel_size = parallel_state.get_data_parallel_world_size()
+        optimizer = build_optimizer(
+            self._parameters, optim, is_offloaded=has_optimizer_offload(deepspeed_json)
+        )
+        sum_tensor_parallel_gradients(self._parameters.values())
+        self.deepspeed = build_zero_engine(ChunkDispatcher(self.chunks), optimizer, deepspeed_json)
+        self._proxies = [ChunkProxy(chunk, i, self.deepspeed) for i, chunk in enumerate(self.chunks)]
+        for chunk in self.chunks:
+            chunk.config.grad_scale_func = self._scale_loss if self._is_fp16 else None
+        self._state = state.TrainingState(self.deepspeed, self._parameters)
+
+    @property
+    def device(self) -> torch.device:
+        """Where this rank's model is."""
+        return torch.device(self.deepspeed.device)
+
+    def train_step(
+        self, microbatches: Sequence[Microbatch], *, lr: float, flags: Mapping[str, float] | None = None
+    ) -> StepResult:
+        """Forward, backward and one update with learning rate ``lr``.
+
+        Args:
+            microbatches: This data-parallel rank's, the same number on every rank.
+            lr: Learning rate of this update.
+            flags: Numbers to be summed over all ranks of the world, the same names on every rank.
+        Returns:
+            The same on every rank; ``applied`` is False where gradients were not finite and the update was skipped.
+        Raises:
+            DataError: the global denominator is 0.
+        Collective: every rank of the world.
+        """
+        denominator, summed_flags = self._sum_denominators(microbatches, flags or {})
+        self.deepspeed.train()
+        factor = len(microbatches) * self._data_parallel_size / denominator
+        losses = self._run(microbatches, factor, is_forward_only=False)
+        for group in self.deepspeed.optimizer.param_groups:
+            group["lr"] = lr
+        self.deepspeed.step()
+        loss_sum, extras = self._sum_losses(losses)
+        return StepResult(
+            loss_sum=loss_sum,
+            denominator=denominator,
+            grad_norm=float(self.deepspeed.get_global_grad_norm() or 0.0),
+            applied=bool(self.deepspeed.was_step_applied()),
+            extras=extras,
+            flags=summed_flags,
+        )
+
+    def eval_step(self, microbatches: Sequence[Microbatch]) -> StepResult:
+        """Forward only, dropout off. Collective: every rank of the world."""
+        denominator, _ = self._sum_denominators(microbatches, {})
+        self.deepspeed.eval()
+        losses = self._run(microbatches, 1.0, is_forward_only=True)
+        loss_sum, extras = self._sum_losses(losses)
+        return StepResult(
+            loss_sum=loss_sum, denominator=denominator, grad_norm=0.0, applied=False, extras=extras, flags={}
+        )
+
+    def state_fragments(self) -> list[StateFragment]:
+        """This rank's pieces of weights and moments, as live views. Collective: none."""
+        return self._state.fragments()
+
+    def scalar_state(self) -> dict[str, Any]:
+        """Adam's step count and, in fp16, the loss scaler's numbers. Collective: none."""
+        return self._state.scalars()
+
+    def load_state(self, read: Callable[[StateFragment], Tensor], scalars: Mapping[str, Any]) -> None:
+        """Fill every fragment with ``read(fragment)`` (1-D, of its length), then refresh the model's weights.
+
+        Raises:
+            CheckpointError: a piece of another length.
+        Collective: data-parallel group.
+        """
+        self._state.load(read, scalars)
+
+    def monitor_events(self, events: Sequence[tuple[str, float, int]]) -> None:
+        """Write (name, value, step) to the monitors that the JSON switches on. Collective: none."""
+        if self.deepspeed.monitor.enabled:
+            self.deepspeed.monitor.write_events(list(events))
+
+    def close(self) -> None:
+        """Take DeepSpeed's hooks off the model. Collective: none."""
+        self.deepspeed.destroy()
+
+    @property
+    def _is_fp16(self) -> bool:
+        return bool(self.deepspeed.fp16_enabled())
+
+    def _scale_loss(self, loss: Tensor) -> Tensor:
+        # engine.scale accepts scalars only, and the schedule also scales losses of shape [1].
+        return loss * self.deepspeed.optimizer.loss_scale
+
+    def _run(self, microbatches: Sequence[Microbatch], factor: float, *, is_forward_only: bool) -> list[Any]:
+        def step(chunk: nn.Module, microbatch: Any) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Any]]]:
+            output = self._forward_step(chunk, microbatch)
+            if not isinstance(output, ForwardOutput):
+                return output, _no_loss
+            extras = output.extras
+            return output.loss_sum, lambda loss_sum: (loss_sum * factor, (loss_sum.detach(), extras))
+
+        return run_schedule(
+            self._proxies,
+            microbatches,
+            step,
+            is_forward_only=is_forward_only,
+            seq_length=self._seq_length,
+            micro_batch_size=self._micro_batch_size,
+        )
+
+    def _sum_denominators(
+        self, microbatches: Sequence[Microbatch], flags: Mapping[str, float]
+    ) -> tuple[float, dict[str, float]]:
+        local = sum(float(microbatch.denominator) for microbatch in microbatches)
+        names = sorted(flags)
+        values = [local if is_replica_contributor() else 0.0, *(float(flags[name]) for name in names)]
+        denominator, *summed = sum_over_world(torch.tensor(values, dtype=torch.float64), self.device).tolist()
+        if not denominator > 0.0:
+            raise DataError(f"denominator={denominator}: this step has no token to learn from on any rank")
+        return denominator, dict(zip(names, summed, strict=True))
+
+    def _sum_losses(self, losses: Sequence[tuple[Tensor, Mapping[str, Tensor]]]) -> tuple[float, dict[str, float]]:
+        names = sorted(losses[0][1]) if losses else []
+        if parallel_state.get_pipeline_model_parallel_world_size() > 1:
+            names = _broadcast_from_last_stage(names)
+        total = torch.zeros(1 + len(names), dtype=torch.float64, device=self.device)
+        if losses and is_log_contributor():
+            total[0] = torch.stack([loss_sum.double() for loss_sum, _ in losses]).sum()
+            for i, name in enumerate(names):
+                total[1 + i] = torch.stack([extras[name].double() for _, extras in losses]).sum()
+        loss_sum, *summed = sum_over_world(total, self.device).tolist()
+        return loss_sum, dict(zip(names, summed, strict=True))
+
+
+def _no_loss(output: Tensor) -> tuple[Tensor, Any]:
+    raise AssertionError("forward_step has to return a ForwardOutput on the last pipeline stage")
+
+
+def _broadcast_from_last_stage(names: list[str]) -> list[str]:
+    group = parallel_state.get_pipeline_model_parallel_group()
+    box = [names if is_last_stage() else None]
+    torch.distributed.broadcast_object_list(box, src=parallel_state.get_pipeline_model_parallel_last_rank(), group=group)
+    assert box[0] is not None
+    return box[0]

@@ -1,0 +1,179 @@
+"""ZeRO stage 0: AdamW on whole weights that every data-parallel rank has, with fp32 masters for bf16 and fp16.
+
+DeepSpeed's own stage 0 neither checks gradients for NaN in fp32 nor reports their norm, counts only rank 0's shard in
+the norm of half-precision gradients under tensor parallelism, and accumulates microbatches in half precision
+(runtime/engine.py:3505, runtime/utils.py:394, runtime/fp16/unfused_optimizer.py:197 of 0.19.8). This one keeps the
+semantics of ZeRO 1: fp32 accumulation, one mean over the data-parallel group, one norm in which each parameter counts
+once, a skip on non-finite gradients, clipping, the update.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup, ReduceOp, all_reduce
+
+from gptoughts.engine.optimizer import allocate_state
+
+CLIP_EPS = 1e-6
+
+
+class ReplicatedOptimizer:
+    """Wraps a basic AdamW; DeepSpeed's engine calls ``step`` and ``zero_grad`` and reads ``overflow``.
+
+    Args:
+        basic: AdamW over the model's parameters; half-precision ones are replaced in it by fp32 masters.
+        clip_grad: Largest global gradient norm; 0 switches clipping off.
+        data_parallel_group: Ranks with the same weights.
+        model_parallel_group: Ranks that share one copy of the model.
+        tensor_parallel_rank: Replicated parameters count in the norm where it is 0.
+        loss_scaler: DeepSpeed's scaler; its scale is 1 except in fp16.
+        reduce_bucket_size: Elements per all-reduce.
+    """
+
+    def __init__(
+        self,
+        basic: torch.optim.Optimizer,
+        *,
+        clip_grad: float,
+        data_parallel_group: ProcessGroup,
+        model_parallel_group: ProcessGroup,
+        tensor_parallel_rank: int,
+        loss_scaler: Any,
+        reduce_bucket_size: int,
+    ) -> None:
+        self.optimizer = basic
+        self.clip_grad = clip_grad
+        self.loss_scaler = loss_scaler
+        self.overflow = False
+        self._global_grad_norm = 0.0
+        self._data_parallel_group = data_parallel_group
+        self._model_parallel_group = model_parallel_group
+        self._bucket_elements = reduce_bucket_size
+        self.parameters: list[nn.Parameter] = []
+        self.masters: list[nn.Parameter] = []
+        for group in basic.param_groups:
+            masters = [_master_of(parameter) for parameter in group["params"]]
+            self.parameters.extend(group["params"])
+            self.masters.extend(masters)
+            group["params"] = masters
+        self._copies = [(p, m) for p, m in zip(self.parameters, self.masters, strict=True) if p is not m]
+        for parameter, master in self._copies:
+            parameter.register_post_accumulate_grad_hook(_fp32_accumulator(master))
+        is_first = tensor_parallel_rank == 0
+        self._counted = [
+            master
+            for parameter, master in zip(self.parameters, self.masters, strict=True)
+            if is_first or getattr(parameter, "tensor_model_parallel", False)
+        ]
+        allocate_state(basic)
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The basic optimizer's groups (fp32 masters)."""
+        return self.optimizer.param_groups
+
+    @property
+    def loss_scale(self) -> float:
+        """What the loss is multiplied by before the backward."""
+        return float(self.loss_scaler.cur_scale)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Reduce, check, clip, update. Collective: data-parallel and model-parallel group."""
+        gradients = self._gradients()
+        self._average(gradients)
+        scale = self.loss_scale
+        norm = self._norm() / scale
+        self.overflow = not math.isfinite(norm)
+        self.loss_scaler.update_scale(self.overflow)
+        if self.overflow:
+            self._global_grad_norm = math.inf
+            return
+        self._global_grad_norm = norm
+        factor = 1.0 / scale
+        if self.clip_grad > 0:
+            factor *= min(1.0, self.clip_grad / (norm + CLIP_EPS))
+        if factor != 1.0:
+            torch._foreach_mul_(gradients, factor)
+        self.optimizer.step()
+        self.refresh_parameters()
+
+    @torch.no_grad()
+    def refresh_parameters(self) -> None:
+        """Copy the fp32 masters into the half-precision weights. Collective: none."""
+        if self._copies:
+            torch._foreach_copy_([p for p, _ in self._copies], [m for _, m in self._copies])
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop all gradients."""
+        for parameter in self.parameters:
+            parameter.grad = None
+        for master in self.masters:
+            master.grad = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """The basic optimizer's state."""
+        return self.optimizer.state_dict()
+
+    def _gradients(self) -> list[Tensor]:
+        for master in self.masters:
+            if master.grad is None:
+                master.grad = torch.zeros_like(master)
+        return [master.grad for master in self.masters if master.grad is not None]
+
+    def _average(self, gradients: Sequence[Tensor]) -> None:
+        size = self._data_parallel_group.size()
+        if size == 1:
+            return
+        for bucket in _buckets(gradients, self._bucket_elements):
+            flat = torch.cat([gradient.reshape(-1) for gradient in bucket])
+            all_reduce(flat, ReduceOp.SUM, group=self._data_parallel_group)
+            flat.div_(size)
+            pieces = flat.split([gradient.numel() for gradient in bucket])
+            for gradient, piece in zip(bucket, pieces, strict=True):
+                gradient.copy_(piece.view_as(gradient))
+
+    def _norm(self) -> float:
+        counted = [master.grad for master in self._counted if master.grad is not None]
+        device = self.masters[0].device
+        total = torch.zeros((), dtype=torch.float32, device=device)
+        if counted:
+            total = torch.stack(torch._foreach_norm(counted)).square().sum()
+        if self._model_parallel_group.size() > 1:
+            all_reduce(total, ReduceOp.SUM, group=self._model_parallel_group)
+        return math.sqrt(value) if math.isfinite(value := float(total)) else math.inf
+
+
+def _master_of(parameter: nn.Parameter) -> nn.Parameter:
+    if parameter.dtype == torch.float32:
+        return parameter
+    return nn.Parameter(parameter.detach().float().clone())
+
+
+def _fp32_accumulator(master: nn.Parameter) -> Any:
+    def accumulate(parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        if master.grad is None:
+            master.grad = parameter.grad.float()
+        else:
+            master.grad.add_(parameter.grad)
+        parameter.grad = None
+
+    return accumulate
+
+
+def _buckets(gradients: Sequence[Tensor], max_elements: int) -> list[list[Tensor]]:
+    buckets: list[list[Tensor]] = []
+    room = 0
+    for gradient in gradients:
+        if not buckets or gradient.numel() > room:
+            buckets.append([])
+            room = max_elements
+        buckets[-1].append(gradient)
+        room -= gradient.numel()
+    return buckets

@@ -1,0 +1,161 @@
+"""The training state that DeepSpeed shards, as named pieces: what portable checkpoints are made of.
+
+Where the fp32 weights and moments of a parameter are:
+
+- stage 0: whole, in the optimizer's masters (the parameter itself in fp32);
+- stages 1 and 2: all parameters of an optimizer group lie one after the other in a flat tensor of which each
+  data-parallel rank has an equal slice;
+- stage 3: each parameter is cut into equal pieces over the data-parallel ranks (the last ones padded), and a rank's
+  pieces lie one after the other in flat sub-groups.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from torch import Tensor, nn
+
+from gptoughts.engine.interface import StateFragment
+from gptoughts.engine.optimizer import allocate_state, set_step_count, shard_shape, step_count
+from gptoughts.engine.replicated_optimizer import ReplicatedOptimizer
+from gptoughts.engine.zero_engine import ZeroEngine
+from gptoughts.errors import CheckpointError
+
+WEIGHT = "weight"
+MOMENTS = ("exp_avg", "exp_avg_sq")
+LOSS_SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+
+
+@dataclass(frozen=True)
+class _Slice:
+    """Where ``numel`` elements from ``start`` of a parameter's flattened shard lie: ``flat[offset : offset + numel]``."""
+
+    name: str
+    flat: Tensor
+    """Flat fp32 tensor that the basic optimizer updates."""
+    offset: int
+    start: int
+    numel: int
+
+
+class TrainingState:
+    """Reads and writes the optimizer behind an engine.
+
+    Args:
+        engine: DeepSpeed's engine.
+        parameters: Global name to parameter.
+    """
+
+    def __init__(self, engine: ZeroEngine, parameters: Mapping[str, nn.Parameter]) -> None:
+        self._optimizer: Any = engine.optimizer
+        self._stage = engine.zero_optimization_stage()
+        self._parameters = {name: p for name, p in parameters.items() if p.requires_grad}
+        self._basic: torch.optim.Optimizer = self._optimizer.optimizer
+        # DeepSpeed has stepped the optimizer of stage 3 once with zero gradients and the others not at all.
+        allocate_state(self._basic)
+
+    def fragments(self) -> list[StateFragment]:
+        """This rank's pieces, parameter by parameter. Collective: none."""
+        is_first_replica = parallel_state.get_data_parallel_group(with_context_parallel=True).rank() == 0
+        is_first_shard = parallel_state.get_tensor_model_parallel_rank() == 0
+        fragments = []
+        for piece in self._slices():
+            parameter = self._parameters[piece.name]
+            is_divided = bool(getattr(parameter, "tensor_model_parallel", False))
+            for kind, flat in self._tensors(piece.flat):
+                fragments.append(
+                    StateFragment(
+                        name=piece.name,
+                        kind=kind,
+                        tensor=flat.view(-1).narrow(0, piece.offset, piece.numel),
+                        start=piece.start,
+                        shard_shape=shard_shape(parameter),
+                        partition_dim=parameter.partition_dim if is_divided else None,
+                        partition_stride=getattr(parameter, "partition_stride", 1) if is_divided else 1,
+                        is_owner=(self._stage > 0 or is_first_replica) and (is_divided or is_first_shard),
+                    )
+                )
+        return fragments
+
+    def scalars(self) -> dict[str, Any]:
+        """Step count and loss scaler, as numbers that JSON holds. Collective: none."""
+        scaler = self._optimizer.loss_scaler
+        return {
+            "optimizer_steps": step_count(self._basic),
+            "loss_scaler": {field: getattr(scaler, field) for field in LOSS_SCALER_FIELDS if hasattr(scaler, field)},
+        }
+
+    def load(self, read: Callable[[StateFragment], Tensor], scalars: Mapping[str, Any]) -> None:
+        """Fill all fragments, then bring the model's own weights up to date.
+
+        Raises:
+            CheckpointError: a piece of another length.
+        Collective: data-parallel group.
+        """
+        with torch.no_grad():
+            for fragment in self.fragments():
+                piece = read(fragment)
+                if piece.numel() != fragment.tensor.numel():
+                    raise CheckpointError(
+                        f"{fragment.name} ({fragment.kind}): {piece.numel()} elements from offset {fragment.start}, "
+                        f"this layout needs {fragment.tensor.numel()}",
+                        is_rank_local=True,
+                    )
+                fragment.tensor.copy_(piece.reshape(-1))
+            set_step_count(self._basic, int(scalars["optimizer_steps"]))
+            for field, value in scalars.get("loss_scaler", {}).items():
+                if hasattr(self._optimizer.loss_scaler, field):
+                    setattr(self._optimizer.loss_scaler, field, value)
+            self._refresh_weights()
+
+    def _tensors(self, flat: Tensor) -> Iterator[tuple[str, Tensor]]:
+        yield WEIGHT, flat.detach()
+        for kind in MOMENTS:
+            yield kind, self._basic.state[flat][kind]
+
+    def _slices(self) -> Iterator[_Slice]:
+        by_stage = {0: self._whole_slices, 1: self._flat_slices, 2: self._flat_slices, 3: self._partition_slices}
+        return by_stage[self._stage]()
+
+    def _whole_slices(self) -> Iterator[_Slice]:
+        optimizer: ReplicatedOptimizer = self._optimizer
+        masters = {id(p): m for p, m in zip(optimizer.parameters, optimizer.masters, strict=True)}
+        for name, parameter in self._parameters.items():
+            yield _Slice(name, masters[id(parameter)], 0, 0, parameter.numel())
+
+    def _flat_slices(self) -> Iterator[_Slice]:
+        # deepspeed/utils/tensor_fragment.py: each parameter knows its part of this rank's flat slice, if it has one.
+        for name, parameter in self._parameters.items():
+            mapping = parameter._hp_mapping
+            if mapping is None:
+                continue
+            flat = self._optimizer.single_partition_of_fp32_groups[mapping.param_group_index]
+            low, high = mapping.lp_fragment_address, mapping.hp_fragment_address
+            yield _Slice(name, flat, high.start, low.start, low.numel)
+
+    def _partition_slices(self) -> Iterator[_Slice]:
+        optimizer = self._optimizer
+        for name, parameter in self._parameters.items():
+            group, offset, padded_numel = optimizer.grad_position[optimizer.get_param_id(parameter)]
+            rank = torch.distributed.get_rank(group=parameter.ds_process_group)
+            start = rank * padded_numel
+            numel = min(padded_numel, parameter.ds_numel - start)
+            if numel > 0:
+                yield _Slice(name, optimizer.fp32_partitioned_groups_flat[group], offset, start, numel)
+
+    def _refresh_weights(self) -> None:
+        optimizer = self._optimizer
+        if self._stage == 0:
+            optimizer.refresh_parameters()
+        elif self._stage < 3:
+            optimizer.update_lp_params()
+        else:
+            # As at the end of a step (stage3.py:2835-2870): the shards, then the parameters that stay whole.
+            for group in range(len(optimizer.fp16_groups)):
+                optimizer._reassign_or_swap_out_partitioned_parameters(group)
+            if optimizer.persistent_parameters:
+                optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)

@@ -1,0 +1,147 @@
+"""DeepSpeed's engine, adapted to a caller that owns the schedule, the accumulation and the learning rate."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed import comm as deepspeed_comm
+from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.config import DeepSpeedConfig
+from deepspeed.runtime.engine import ZERO_OPTIMIZATION, DeepSpeedEngine
+from deepspeed.runtime.fp16.loss_scaler import CreateLossScaler
+from deepspeed.runtime.zero.partition_parameters import restore_init_context, shutdown_init_context
+from torch import nn
+
+from gptoughts.engine.replicated_optimizer import ReplicatedOptimizer
+from gptoughts.parallel.deepspeed_mpu import DeepSpeedMpu
+
+
+class ZeroEngine(DeepSpeedEngine):
+    """Differences to DeepSpeed's engine, each for a reason given at the method (lines of 0.19.8)."""
+
+    def _configure_optimizer(self, client_optimizer: torch.optim.Optimizer, model_parameters: Any) -> None:
+        # Stage 0 is ours, see replicated_optimizer.py.
+        if self.zero_optimization():
+            super()._configure_optimizer(client_optimizer, model_parameters)
+            return
+        self.enable_backward_allreduce = False
+        self.basic_optimizer = client_optimizer
+        mpu = self.mpu
+        self.optimizer = ReplicatedOptimizer(
+            client_optimizer,
+            clip_grad=self.gradient_clipping(),
+            data_parallel_group=mpu.get_data_parallel_group(),
+            model_parallel_group=mpu.get_model_parallel_group(),
+            tensor_parallel_rank=mpu.get_tensor_model_parallel_rank(),
+            loss_scaler=CreateLossScaler(
+                dtype=self.get_data_types()[0],
+                static_loss_scale=self.loss_scale(),
+                dynamic_scaling=self.dynamic_loss_scale(),
+                dynamic_loss_args=self.dynamic_loss_scale_args(),
+            ),
+            reduce_bucket_size=int(self.zero_reduce_bucket_size()),
+        )
+
+    def _do_optimizer_sanity_check(self, basic_optimizer: torch.optim.Optimizer) -> str:
+        # engine.py:2305 sends bf16 with fp32 accumulation at stage 1 to BF16_Optimizer, which asserts that the norm is
+        # not 0 and applies non-finite gradients; ZeRO's own optimizer accumulates in fp32 as well.
+        return ZERO_OPTIMIZATION
+
+    def clip_fp32_gradients(self) -> None:
+        """Nothing: the stage 0 optimizer clips, with the norm that it reports."""
+
+    def forward(self, *inputs: Any, **kwargs: Any) -> Any:
+        """Forward of one chunk and microbatch; prepares its backward."""
+        if not self.zero_optimization():
+            # The hooks that DeepSpeed puts on an output refuse a direct backward at stage 0 (engine.py:3131).
+            return self.module(*inputs, **kwargs)
+        return super().forward(*inputs, **kwargs)
+
+    def _backward_prologue(self) -> None:
+        # Under pipelining forwards and backwards of several microbatches alternate: what DeepSpeed resets in each
+        # forward (engine.py:2992) has to be reset before each backward, else one never reaches its epilogue.
+        self.optimizer.clear_backward_seen_flag()
+        # The schedule scales the loss itself (grad_scale_func); without this engine.py:3205 refuses its backward.
+        self._manual_backward_expected = True
+        super()._backward_prologue()
+
+
+def build_zero_engine(
+    module: nn.Module, optimizer: torch.optim.Optimizer, deepspeed_json: Mapping[str, Any]
+) -> ZeroEngine:
+    """``deepspeed.initialize`` for :class:`ZeroEngine`. Collective: every rank of the world."""
+    shutdown_init_context()
+    initialize_communication()
+    config = engine_config(deepspeed_json)
+    mpu = DeepSpeedMpu()
+    engine = ZeroEngine(
+        args=None,
+        model=module,
+        optimizer=optimizer,
+        mpu=mpu,
+        dist_init_required=False,
+        config=config,
+        config_class=DeepSpeedConfig(config, mpu),
+    )
+    restore_init_context()
+    return engine
+
+
+def initialize_communication() -> None:
+    """Give DeepSpeed its wrapper around the process group that exists. Collective: every rank of the world."""
+    deepspeed_comm.init_distributed(
+        dist_backend=get_accelerator().communication_backend_name(), dist_init_required=False
+    )
+
+
+def engine_config(deepspeed_json: Mapping[str, Any]) -> dict[str, Any]:
+    """What DeepSpeed is given: the resolved JSON with the settings that the schedule and exactness demand."""
+    config = copy.deepcopy(dict(deepspeed_json))
+    config["gradient_accumulation_steps"] = 1
+    config["managed_gradient_accumulation"] = False
+    for ours in ("train_batch_size", "optimizer", "scheduler"):
+        config.pop(ours, None)
+    config.setdefault("train_micro_batch_size_per_gpu", 1)
+    zero = config.setdefault("zero_optimization", {})
+    if config.get("bf16", {}).get("enabled"):
+        # Without it ZeRO 1 and 2 apply non-finite gradients in bf16 (stage_1_and_2.py:3042).
+        config["bf16"]["check_grad_overflow"] = True
+    if is_half_precision(config) and zero.get("stage", 0) > 0:
+        config.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
+    return config
+
+
+def is_half_precision(config: Mapping[str, Any]) -> bool:
+    """Whether forward and backward run in bf16 or fp16."""
+    return any(bool(config.get(block, {}).get("enabled")) for block in ("bf16", "fp16"))
+
+
+def zero_stage(deepspeed_json: Mapping[str, Any]) -> int:
+    """The ZeRO stage that a resolved JSON asks for."""
+    return int(deepspeed_json.get("zero_optimization", {}).get("stage", 0))
+
+
+def has_optimizer_offload(deepspeed_json: Mapping[str, Any]) -> bool:
+    """Whether ZeRO-Offload keeps the optimizer on the CPU (or on disk)."""
+    offload = deepspeed_json.get("zero_optimization", {}).get("offload_optimizer") or {}
+    return offload.get("device", "none") != "none"
+
+
+def partitioned_construction(deepspeed_json: Mapping[str, Any], dtype: torch.dtype) -> Callable[[], Any]:
+    """A context in which ZeRO-3 shards every parameter over the data-parallel group as soon as it is made."""
+    config = engine_config(deepspeed_json)
+    # It would replace torch.nn.functional.linear for the rest of the process; megatron-core's linears have their own.
+    config["zero_optimization"].setdefault("memory_efficient_linear", False)
+
+    def enter() -> Any:
+        initialize_communication()
+        mpu = DeepSpeedMpu()
+        return deepspeed.zero.Init(
+            data_parallel_group=mpu.get_data_parallel_group(), config_dict_or_path=config, dtype=dtype, mpu=mpu
+        )
+
+    return enter
