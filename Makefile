@@ -1,0 +1,91 @@
+# gptoughts: `make pretrain` trains a model from nothing, `make test` checks everything. `make help` lists the rest.
+
+PYTHON      ?= python3
+TORCH_INDEX ?=
+VENV        ?= .venv
+BIN         := $(VENV)/bin
+
+GPUS        := $(shell nvidia-smi -L 2>/dev/null | grep -c '^GPU')
+CORES       := $(shell nproc 2>/dev/null || echo 2)
+REQUIREMENTS := requirements/$(if $(filter-out 0,$(GPUS)),gpu,cpu).txt
+TORCH       := $(shell sed -n 's/^\(torch==[^ ;]*\).*/\1/p' requirements/cpu.txt)
+
+# The main job; every value can be overridden: make pretrain SIZE=small STEPS=20000 RANKS=8
+MODEL_TYPE  ?= mla
+SIZE        ?= debug
+STEPS       ?= 300
+RANKS       ?= $(if $(filter-out 0,$(GPUS)),$(GPUS),2)
+CORPUS      ?= data_cache/stdlib
+RUN         ?= runs/$(MODEL_TYPE)-$(SIZE)
+DS_CONFIG   ?= ds_configs/zero3.json
+PROMPT      ?= def read_lines(path):
+ARGS        ?=
+VOCAB_SIZE  ?= 8192
+
+# Ranks on one CPU share its cores; DeepSpeed finds its compiler helper (ninja) on PATH.
+export OMP_NUM_THREADS ?= $(shell echo $$(( $(CORES) / $(RANKS) > 0 ? $(CORES) / $(RANKS) : 1 )))
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+export TOKENIZERS_PARALLELISM ?= true
+
+STDLIB      = $(shell $(BIN)/python -c 'import sysconfig; print(sysconfig.get_paths()["stdlib"])')
+INSTALLED   := $(VENV)/.installed
+DEV         := $(VENV)/.installed-dev
+TOKENIZER   := $(CORPUS)/tokenizer/tokenizer.json
+DATA        := $(CORPUS)/python
+
+.PHONY: help install corpus pretrain sample plot test test-all check bench clean
+.DEFAULT_GOAL := help
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
+
+$(INSTALLED): $(REQUIREMENTS) requirements/cpu.txt setup.py
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(TORCH)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r $(REQUIREMENTS)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	$(BIN)/python tools/doctor.py --build_ops
+	touch $@
+
+$(DEV): $(INSTALLED) requirements/dev.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements/dev.txt
+	touch $@
+
+install: $(INSTALLED)  ## create .venv with exact versions and build DeepSpeed's CPU op
+
+$(TOKENIZER): | $(INSTALLED)
+	$(BIN)/python tools/train_tokenizer.py --input $(STDLIB) --suffix .py --vocab_size $(VOCAB_SIZE) --output $(CORPUS)/tokenizer
+
+$(DATA)_train.idx $(DATA)_valid.idx &: $(TOKENIZER) | $(INSTALLED)
+	$(BIN)/python tools/preprocess_data.py --input $(STDLIB) --suffix .py --tokenizer $(CORPUS)/tokenizer \
+	  --output_prefix $(DATA) --append_eod --validation_fraction 0.01 --workers $(CORES)
+
+corpus: $(DATA)_train.idx  ## tokenizer and indexed files of the default corpus (Python's standard library)
+
+pretrain: $(INSTALLED) corpus  ## the main job: train, print a sample, draw the loss curve; run again to go on
+	$(BIN)/deepspeed --num_accelerators $(RANKS) launchers/pretrain.py --model_type $(MODEL_TYPE) --size $(SIZE) \
+	  --data $(DATA) --deepspeed_config $(DS_CONFIG) --output_dir $(RUN) --train.steps $(STEPS) $(ARGS)
+	@$(MAKE) --no-print-directory sample
+
+sample: $(INSTALLED)  ## continue PROMPT with the newest checkpoint of RUN
+	$(BIN)/python launchers/generate.py --checkpoint $(RUN) --prompt "$(PROMPT)"
+
+plot: $(INSTALLED)  ## draw the loss curve of RUN
+	$(BIN)/python tools/plot_run.py $(RUN)
+
+test: $(DEV)  ## all tests but the slow ones
+	$(BIN)/python -m pytest -q -m "not slow"
+
+test-all: $(DEV)  ## all tests
+	$(BIN)/python -m pytest -q
+
+check: $(DEV)  ## linters and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(DEV)  ## side-by-side measurements against peers
+	$(BIN)/python -m benchmarks
+
+clean:  ## remove .venv, the default corpus and caches (runs stay)
+	rm -rf $(VENV) data_cache .pytest_cache .mypy_cache .ruff_cache
