@@ -3,7 +3,7 @@
 softmax(q k^T * scale + mask) v, heads grouped where there are fewer key than query heads (Ainslie et al.,
 arXiv:2305.13245). Causal and bidirectional; an arbitrary mask; packed sequences as a block-diagonal mask over the pack.
 
-Legend: s sequence, b microbatch, np heads on this rank, ng key/value heads on this rank, hn head dim, t = packed tokens.
+Legend: s sequence, b microbatch, np heads on this rank, ng key/value heads on this rank, hn head dim, t packed tokens.
 """
 
 from __future__ import annotations

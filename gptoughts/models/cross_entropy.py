@@ -64,7 +64,8 @@ class _CrossEntropy(torch.autograd.Function):
         index = index.unsqueeze(-1)
         for rows in _tiles(logits):
             tile = logits[rows].float() if logits.dtype != torch.float32 else logits[rows]
-            tile = tile.sub_(lse[rows, None]).exp_().mul_(grad[rows, None]).scatter_add_(-1, index[rows], at_target[rows])
+            tile.sub_(lse[rows, None]).exp_().mul_(grad[rows, None])
+            tile.scatter_add_(-1, index[rows], at_target[rows])
             if tile.dtype != logits.dtype:
                 logits[rows] = tile
         return logits, None, None

@@ -13,7 +13,7 @@ import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_parallel_region
-from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn import Parameter
@@ -34,7 +34,7 @@ class LanguageModel(GPTModel):
 
     Args:
         config: megatron-core's configuration.
-        layer_spec: One layer, for all layers.
+        block_spec: Layers of this stage and the final norm.
         vocab_size: Padded vocabulary, whole.
         seq_length: Longest sequence, in tokens.
         rotary_dim: Size of a head's rotary part.
@@ -48,7 +48,7 @@ class LanguageModel(GPTModel):
     def __init__(
         self,
         config: TransformerConfig,
-        layer_spec: ModuleSpec,
+        block_spec: TransformerBlockSubmodules,
         *,
         vocab_size: int,
         seq_length: int,
@@ -61,7 +61,7 @@ class LanguageModel(GPTModel):
     ) -> None:
         super().__init__(
             config=config,
-            transformer_layer_spec=layer_spec,
+            transformer_layer_spec=block_spec,
             vocab_size=vocab_size,
             max_sequence_length=seq_length,
             pre_process=pre_process,
@@ -151,7 +151,7 @@ def global_parameter_names(model: torch.nn.Module) -> dict[str, Parameter]:
 def build_language_model(
     config: ExperimentConfig,
     transformer_config: TransformerConfig,
-    layer_spec: ModuleSpec,
+    block_spec: TransformerBlockSubmodules,
     *,
     rotary_dim: int,
     pre_process: bool = True,
@@ -165,7 +165,7 @@ def build_language_model(
     Args:
         config: The run.
         transformer_config: Its model in megatron-core's terms.
-        layer_spec: One layer.
+        block_spec: Layers of this stage and the final norm.
         rotary_dim: Size of a head's rotary part.
         pre_process: This stage embeds tokens.
         post_process: This stage makes logits.
@@ -179,7 +179,7 @@ def build_language_model(
     with construction_context():
         language_model = LanguageModel(
             transformer_config,
-            layer_spec,
+            block_spec,
             vocab_size=model.padded_vocab_size,
             seq_length=config.block_size or model.seq_length,
             rotary_dim=rotary_dim,

@@ -1,8 +1,8 @@
 """Norms that a layer spec names: torch's own, with the mark that sequence parallelism needs on their parameters.
 
-RMSNorm: y = w * x / sqrt(mean(x^2) + eps) (Zhang & Sennrich, arXiv:1910.07467). megatron-core's wrapper refuses sequence
-parallelism (transformer/torch_norm.py:30, 0.16.1), where each rank sees part of the sequence and gradients of the
-weights have to be summed over the tensor-parallel group; it does that for parameters with ``sequence_parallel=True``.
+RMSNorm: y = w * x / sqrt(mean(x^2) + eps) (Zhang & Sennrich, arXiv:1910.07467). megatron-core's wrapper refuses
+sequence parallelism (transformer/torch_norm.py:30, 0.16.1), where each rank sees part of the sequence and gradients of
+the weights have to be summed over the tensor-parallel group: those of parameters with ``sequence_parallel=True``.
 """
 
 from __future__ import annotations

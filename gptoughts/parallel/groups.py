@@ -91,11 +91,11 @@ def _initialize_world(timeout_seconds: float) -> None:
         return
     timeout = datetime.timedelta(seconds=timeout_seconds)
     backend = device.communication_backend()
-    options = {"device_id": device.current_device()} if device.is_cuda() else {}
+    device_id = device.current_device() if device.is_cuda() else None
     if "WORLD_SIZE" in os.environ and "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=timeout, **options)
+        dist.init_process_group(backend, timeout=timeout, device_id=device_id)
         return
-    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout, **options)
+    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout, device_id=device_id)
 
 
 def tensor_parallel_size() -> int:

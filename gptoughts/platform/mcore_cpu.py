@@ -209,8 +209,8 @@ PATCHES: tuple[Patch, ...] = (
         'torch.zeros(..., device="cuda") in the auxiliary-loss tracker',
         "transformer/moe/moe_utils.py:998",
     ),
-    Patch(f"{_RANDOM}:_get_cuda_rng_state", _constant(_get_rng_state), "CUDA generator", "tensor_parallel/random.py:43"),
-    Patch(f"{_RANDOM}:_set_cuda_rng_state", _constant(_set_rng_state), "CUDA generator", "tensor_parallel/random.py:71"),
+    Patch(f"{_RANDOM}:_get_cuda_rng_state", _constant(_get_rng_state), "reads CUDA's", "tensor_parallel/random.py:43"),
+    Patch(f"{_RANDOM}:_set_cuda_rng_state", _constant(_set_rng_state), "sets CUDA's", "tensor_parallel/random.py:71"),
     Patch(
         f"{_RANDOM}:CudaRNGStatesTracker.add",
         _constant(_add_rng_state),

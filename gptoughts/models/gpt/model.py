@@ -11,7 +11,7 @@ from gptoughts.config.experiment import ExperimentConfig
 from gptoughts.models.gpt.config import GPTConfig
 from gptoughts.models.initialization import Gathered, keep_as_is
 from gptoughts.models.language_model import ConstructionContext, LanguageModel, build_language_model
-from gptoughts.models.specs.dense import dense_layer_spec
+from gptoughts.models.specs.dense import dense_decoder_spec
 from gptoughts.models.transformer_config import gpt_transformer_config
 
 
@@ -46,7 +46,7 @@ def build_model(
     return build_language_model(
         config,
         transformer_config,
-        dense_layer_spec(transformer_config, attn_mask_type=attn_mask_type),
+        dense_decoder_spec(transformer_config, attn_mask_type=attn_mask_type, vp_stage=vp_stage),
         rotary_dim=transformer_config.kv_channels,
         pre_process=pre_process,
         post_process=post_process,

@@ -8,10 +8,10 @@ import torch
 from megatron.core.transformer.enums import AttnMaskType
 
 from gptoughts.config.experiment import ExperimentConfig
-from gptoughts.models.mla.config import MLAConfig
 from gptoughts.models.initialization import Gathered, keep_as_is
 from gptoughts.models.language_model import ConstructionContext, LanguageModel, build_language_model
-from gptoughts.models.specs.mla import mla_layer_spec
+from gptoughts.models.mla.config import MLAConfig
+from gptoughts.models.specs.mla import mla_decoder_spec
 from gptoughts.models.transformer_config import mla_transformer_config
 
 
@@ -46,7 +46,7 @@ def build_model(
     return build_language_model(
         config,
         transformer_config,
-        mla_layer_spec(transformer_config, attn_mask_type=attn_mask_type),
+        mla_decoder_spec(transformer_config, attn_mask_type=attn_mask_type, vp_stage=vp_stage),
         rotary_dim=transformer_config.qk_pos_emb_head_dim,
         pre_process=pre_process,
         post_process=post_process,

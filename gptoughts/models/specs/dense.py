@@ -1,4 +1,4 @@
-"""Layer spec of a dense decoder: norm, attention, norm, SwiGLU, with residual connections around both halves."""
+"""Specs of a dense decoder: norm, attention, norm, SwiGLU, with residual connections around both halves."""
 
 from __future__ import annotations
 
@@ -10,24 +10,28 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from torch import nn
 
 from gptoughts.models.attention import SelfAttention
 from gptoughts.models.specs.backends import SpecBackend, select_backend
 
 
-def dense_layer_spec(
+def dense_decoder_spec(
     config: TransformerConfig,
     *,
     attn_mask_type: AttnMaskType = AttnMaskType.causal,
+    vp_stage: int | None = None,
     backend: SpecBackend | None = None,
-) -> ModuleSpec:
-    """A layer with multi-head or grouped-query attention.
+) -> TransformerBlockSubmodules:
+    """This stage's layers with multi-head or grouped-query attention.
 
     Args:
         config: megatron-core's configuration.
         attn_mask_type: ``causal``, or ``no_mask`` for bidirectional attention.
+        vp_stage: Virtual pipeline stage.
         backend: Unset: what this machine can run.
     """
     backend = backend or select_backend(config.normalization)
@@ -43,10 +47,10 @@ def dense_layer_spec(
             k_layernorm=head_norm,
         ),
     )
-    return decoder_layer_spec(attention, backend)
+    return decoder_block(decoder_layer(attention, backend), config, backend, vp_stage)
 
 
-def decoder_layer_spec(attention: ModuleSpec, backend: SpecBackend) -> ModuleSpec:
+def decoder_layer(attention: ModuleSpec, backend: SpecBackend) -> ModuleSpec:
     """A pre-norm layer around the given attention, with a dense SwiGLU."""
     return ModuleSpec(
         module=TransformerLayer,
@@ -55,15 +59,37 @@ def decoder_layer_spec(attention: ModuleSpec, backend: SpecBackend) -> ModuleSpe
             self_attention=attention,
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=backend.norm,
-            mlp=dense_mlp_spec(backend),
+            mlp=dense_mlp_class(backend),
             mlp_bda=get_bias_dropout_add,
         ),
     )
 
 
-def dense_mlp_spec(backend: SpecBackend) -> Any:
-    """The SwiGLU half."""
-    return ModuleSpec(
-        module=backend.mlp,
-        submodules=MLPSubmodules(linear_fc1=backend.column_parallel_linear, linear_fc2=backend.row_parallel_linear),
-    )
+def decoder_block(
+    layer: ModuleSpec, config: TransformerConfig, backend: SpecBackend, vp_stage: int | None
+) -> TransformerBlockSubmodules:
+    """This stage's layers, all alike, and the final norm.
+
+    megatron-core fills in a norm of its own when it is given a layer alone, and that one refuses sequence parallelism
+    (transformer/transformer_block.py:258, 0.16.1).
+    """
+    num_layers = get_num_layers_to_build(config, vp_stage)
+    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=backend.norm)
+
+
+def dense_mlp_class(backend: SpecBackend) -> type[nn.Module]:
+    """The SwiGLU half, as a class that every supported megatron-core constructs without asking what it is.
+
+    0.16 hands a layer's MLP the configuration alone (transformer/transformer_layer.py:370, 0.16.1) and logs a warning
+    for specs of classes that it does not know; 0.19 hands over groups and names (transformer_layer.py:433, 0.19.2).
+    """
+    submodules = MLPSubmodules(linear_fc1=backend.column_parallel_linear, linear_fc2=backend.row_parallel_linear)
+
+    class DenseMLP(backend.mlp):  # type: ignore[misc,name-defined]
+        def __init__(
+            self, config: TransformerConfig, pg_collection: Any = None, is_mtp_layer: bool = False, name: Any = None
+        ) -> None:
+            tp_group = pg_collection.tp if pg_collection is not None else None
+            super().__init__(config, submodules, ffn_hidden_size=config.ffn_hidden_size, tp_group=tp_group)
+
+    return DenseMLP
