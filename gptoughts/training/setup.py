@@ -22,7 +22,7 @@ from gptoughts.data.corpus import CorpusInfo, inspect_corpus
 from gptoughts.data.loader import StepLoader
 from gptoughts.data.pretrain import build_samples, build_validation_samples
 from gptoughts.data.tokenizer import load_tokenizer
-from gptoughts.engine import lr_schedule
+from gptoughts.engine.lr_schedule import build_schedule
 from gptoughts.engine.deepspeed_engine import TrainEngine, construction_context, gathered
 from gptoughts.engine.interface import ForwardOutput
 from gptoughts.errors import CheckpointError, ConfigError
@@ -217,7 +217,7 @@ def _run(experiment: Experiment, stop: StopRequests) -> int:
         engine=engine,
         objective=objective,
         loader=build_loader(experiment, corpus, objective, state),
-        learning_rate=lambda step: lr_schedule.learning_rate(config.optim, step, config.train.steps),
+        learning_rate=build_schedule(config.optim, steps=config.train.steps),
         state=state,
         last_step=min(config.train.steps, config.train.stop_after_steps or config.train.steps),
         device=device.current_device(),
