@@ -31,7 +31,7 @@ class DataConfig:
     """Where tokens come from."""
 
     train: list[str] = field(default_factory=list)
-    """Indexed corpora: PREFIX, several PREFIXes, or WEIGHT PREFIX pairs (blended by weight). ``--data`` is short for it."""
+    """Indexed corpora: PREFIX, several PREFIXes, or WEIGHT PREFIX pairs (blended by weight); ``--data`` for short."""
     valid: list[str] = field(default_factory=list)
     """Indexed validation corpora; empty: PREFIX_valid beside a training PREFIX where it exists."""
     tokenizer: str | None = None
@@ -73,9 +73,11 @@ class TrainConfig:
     steps: int = 1000
     """Optimizer updates of the whole run; the schedule spans them."""
     global_batch_size: int | None = None
-    """Samples per step over all ranks; accumulation follows from it. Unset: batch_size x data-parallel ranks x the JSON's accumulation."""
+    """Samples per step over all ranks; accumulation follows from it. Unset: batch_size x data-parallel ranks x
+    accumulation."""
     gradient_accumulation_steps: int | None = None
-    """Microbatches per step and rank; normally left to follow from train.global_batch_size."""
+    """Microbatches per step and rank; stays unset where it follows from train.global_batch_size, so that a saved
+    configuration fits any number of ranks."""
     stop_after_steps: int | None = None
     """Save and leave at this step, with schedules as for the whole run (as a preempted job does)."""
     precision: Literal["fp32", "bf16", "fp16"] | None = None
@@ -99,11 +101,6 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True)
-class Fp8Config:
-    """Fills ``"auto"`` values of the JSON's ``fp8`` block; nothing here is read while FP8 is not built."""
-
-
-@dataclass(frozen=True)
 class LogConfig:
     """What is written while training."""
 
@@ -124,7 +121,7 @@ class ExperimentConfig:
     size: str = "debug"
     """Preset of the family."""
     batch_size: int | None = None
-    """Samples per microbatch and data-parallel rank."""
+    """Samples per microbatch and data-parallel rank; unset: the JSON's, else the preset's."""
     block_size: int | None = None
     """Sequence length in tokens; unset: the preset's."""
     grad_clip: float | None = None

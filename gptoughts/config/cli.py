@@ -1,0 +1,134 @@
+"""From a command line to a resolved run, with every problem of flags, YAML, JSON and disk in one error."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import yaml
+
+from gptoughts.config.deepspeed_json import read_json
+from gptoughts.config.deepspeed_values import tree_values
+from gptoughts.config.experiment import ExperimentConfig
+from gptoughts.config.model import ModelConfig
+from gptoughts.config.options import FamilyLike, build_parser, did_you_mean, tree_options
+from gptoughts.config.resolve import Experiment, Inspection, Layers, build_tree, preset_values, resolve
+from gptoughts.config.settings import (
+    COMMAND_LINE,
+    Arguments,
+    Setting,
+    check_flags,
+    check_leaves,
+    parse_yaml,
+    read_yaml,
+    split_arguments,
+)
+from gptoughts.errors import ConfigError
+
+Inspect = Callable[[ExperimentConfig], Inspection]
+
+
+def load_experiment(
+    argv: Sequence[str], families: Mapping[str, FamilyLike], *, world_size: int, inspect: Inspect | None = None
+) -> Experiment:
+    """Read the command line (without the program's name) and everything that it names.
+
+    Args:
+        argv: Flags; ``--help`` prints and leaves with status 0.
+        families: What ``--model_type`` can name.
+        world_size: Ranks of the run.
+        inspect: Looks at corpus and tokenizer; its problems join the others.
+    Raises:
+        ConfigError: with every problem that was found.
+    """
+    arguments = split_arguments(argv)
+    problems = list(arguments.problems)
+    yaml_leaves = [(path, read_yaml(path, problems)) for path in arguments.config_files]
+    model_type, size = _peek(arguments, yaml_leaves, families, problems)
+    family = families.get(model_type)
+    preset = family.presets.get(size) if family is not None else None
+    options = tree_options(family.config_class if family is not None else ModelConfig)
+    parser = build_parser(options, preset_values(preset) if preset is not None else {}, families.values())
+    if arguments.wants_help:
+        parser.prog = os.path.basename(sys.argv[0]) or "gptoughts"
+        parser.print_help()
+        raise SystemExit(0)
+    if family is None or preset is None:
+        # the model's own options cannot be told without a family
+        arguments.flags = {n: w for n, w in arguments.flags.items() if not n.startswith("model.")}
+    explicit: dict[str, Setting] = {}
+    for path, leaves in yaml_leaves:
+        explicit |= check_leaves(leaves, path, options, parser, problems)
+    explicit |= check_flags(arguments.flags, options, parser, problems)
+    named = explicit.get("deepspeed_config")
+    json = read_json(named.value if named is not None else None, problems)
+    json_values = tree_values(json, problems)
+    if family is None or preset is None:
+        raise ConfigError(problems)
+    layers = Layers(options, f"{model_type}/{size}", preset, json, json_values, explicit)
+    experiment = resolve(
+        layers, family.config_class, world_size=world_size, dry_run=arguments.dry_run, problems=problems,
+        inspect=inspect,
+    )  # fmt: skip
+    if experiment is None:
+        raise ConfigError(list(dict.fromkeys(problems)))
+    return experiment
+
+
+def _peek(
+    arguments: Arguments,
+    yaml_leaves: Sequence[tuple[str, Mapping[str, Any]]],
+    families: Mapping[str, FamilyLike],
+    problems: list[str],
+) -> tuple[str, str]:
+    """Model type and size, which decide what the other options are; unknown ones go to ``problems``."""
+
+    def stated(name: str, default: str) -> Setting:
+        found = Setting(default, "default")
+        for path, leaves in yaml_leaves:
+            if leaves.get(name) is not None:
+                found = Setting(str(leaves[name]), path)
+        word = arguments.peek(name)
+        return Setting(word, COMMAND_LINE) if word is not None else found
+
+    model_type, size = stated("model_type", ExperimentConfig.model_type), stated("size", ExperimentConfig.size)
+    family = families.get(model_type.value)
+    if family is None:
+        guess = did_you_mean(model_type.value, families)
+        problems.append(
+            f"model_type={model_type.value} ({model_type.source}): unknown family; built are: "
+            f"{', '.join(families)}{guess}"
+        )
+    elif size.value not in family.presets:
+        guess = did_you_mean(size.value, family.presets)
+        allowed = ", ".join(family.presets)
+        problems.append(f"size={size.value} ({size.source}): no preset of {family.name}; allowed: {allowed}{guess}")
+    return model_type.value, size.value
+
+
+def to_yaml(config: ExperimentConfig) -> str:
+    """The tree as YAML; :func:`from_yaml` gives an equal tree back, and ``--config`` takes it."""
+    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True)
+
+
+def from_yaml(text: str, families: Mapping[str, FamilyLike], *, label: str = "config.yaml") -> ExperimentConfig:
+    """The tree that :func:`to_yaml` wrote.
+
+    Raises:
+        ConfigError: an unknown family or name, a wrong type, or no YAML; ``label`` is named in the message.
+    """
+    problems: list[str] = []
+    leaves = parse_yaml(text, label, problems)
+    model_type = leaves.get("model_type", ExperimentConfig.model_type)
+    family = families.get(model_type)
+    if family is None:
+        problems.append(f"{label}: model_type={model_type}: unknown family; built are: {', '.join(families)}")
+        raise ConfigError(problems)
+    options = tree_options(family.config_class)
+    settings = check_leaves(leaves, label, options, build_parser(options, {}, families.values()), problems)
+    if problems:
+        raise ConfigError(problems)
+    return build_tree({name: setting.value for name, setting in settings.items()}, family.config_class)

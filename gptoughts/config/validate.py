@@ -1,0 +1,163 @@
+"""Checks of the resolved tree against itself and the world size, and the arithmetic of batch sizes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+
+from gptoughts.config.experiment import ExperimentConfig
+
+
+def validate(config: ExperimentConfig, sources: Mapping[str, str], *, world_size: int) -> tuple[list[str], int]:
+    """Everything that cannot be run, one line each, and the data-parallel size (1 where it cannot be told)."""
+    problems = _model_problems(config, sources)
+    problems += _range_problems(config, sources)
+    found, data_parallel_size = _parallel_problems(config, sources, world_size, is_model_sound=not problems)
+    problems += found
+    if config.use_fp8:
+        problems.append(f"use_fp8=true ({sources['use_fp8']}): FP8 is not built in this version; allowed: false")
+    return problems, data_parallel_size
+
+
+def _model_problems(config: ExperimentConfig, sources: Mapping[str, str]) -> list[str]:
+    lines = []
+    for problem in config.model.problems():
+        field, _, rest = problem.partition("=")
+        value, _, reason = rest.partition(":")
+        lines.append(f"model.{field}={value} ({sources.get(f'model.{field}', 'default')}):{reason}")
+    return lines
+
+
+_AT_LEAST_ONE = (
+    "block_size", "parallel.tensor", "parallel.pipeline", "data.prefetch_steps", "log.interval_steps", "train.steps",
+)  # fmt: skip
+_POSITIVE = ("parallel.timeout_seconds", "optim.lr", "optim.eps")
+_NOT_NEGATIVE = (
+    "grad_clip", "seed", "optim.warmup_steps", "optim.weight_decay", "train.valid_interval_steps",
+    "checkpoint.interval_steps", "checkpoint.keep_last",
+)  # fmt: skip
+_FRACTIONS = ("optim.min_lr_fraction", "optim.decay_fraction")
+_BELOW_ONE = ("optim.beta1", "optim.beta2")
+
+
+def _range_problems(config: ExperimentConfig, sources: Mapping[str, str]) -> list[str]:
+    checks = (
+        (_AT_LEAST_ONE, lambda v: v >= 1, "must be 1 or more"),
+        (_POSITIVE, lambda v: v > 0 and math.isfinite(v), "must be greater than 0 and finite"),
+        (_NOT_NEGATIVE, lambda v: v >= 0 and math.isfinite(v), "must be 0 or more, and finite"),
+        (_FRACTIONS, lambda v: 0 <= v <= 1, "a fraction from 0 to 1"),
+        (_BELOW_ONE, lambda v: 0 <= v < 1, "from 0 up to, but not including, 1"),
+        (("train.valid_samples",), lambda v: v == -1 or v >= 1, "-1 (all) or 1 and more"),
+    )
+    problems = []
+    for names, is_right, text in checks:
+        for name in names:
+            value = value_at(config, name)
+            if value is not None and not is_right(value):
+                problems.append(f"{name}={value} ({sources[name]}): {text}")
+    stop, steps, warmup = config.train.stop_after_steps, config.train.steps, config.optim.warmup_steps
+    if stop is not None and not 1 <= stop <= steps:
+        source = sources["train.stop_after_steps"]
+        problems.append(f"train.stop_after_steps={stop} ({source}): must be from 1 to train.steps={steps}")
+    if warmup is not None and warmup > steps >= 1:
+        problems.append(
+            f"optim.warmup_steps={warmup} ({sources['optim.warmup_steps']}): longer than the run, train.steps={steps}"
+        )
+    return problems
+
+
+def value_at(config: ExperimentConfig, name: str) -> float | None:
+    """The number under a dotted name."""
+    found: object = config
+    for part in name.split("."):
+        found = getattr(found, part)
+    assert found is None or isinstance(found, int | float)
+    return found
+
+
+def _parallel_problems(
+    config: ExperimentConfig, sources: Mapping[str, str], world_size: int, *, is_model_sound: bool
+) -> tuple[list[str], int]:
+    problems: list[str] = []
+    tensor, pipeline = config.parallel.tensor, config.parallel.pipeline
+    if tensor < 1 or pipeline < 1:
+        return problems, 1
+    tensor_is = f"parallel.tensor={tensor} ({sources['parallel.tensor']})"
+    divisors = config.model.tensor_parallel_divisors() if is_model_sound else {}
+    allowed = [n for n in range(1, min([*divisors.values(), 64]) + 1) if all(c % n == 0 for c in divisors.values())]
+    for name, count in divisors.items():
+        if count % tensor:
+            problems.append(
+                f"{tensor_is}: {name}={count} is not divisible by {tensor}; allowed: {', '.join(map(str, allowed))}"
+            )
+    if pipeline > 1:
+        problems.append(
+            f"parallel.pipeline={pipeline} ({sources['parallel.pipeline']}): pipeline parallelism is not built in this "
+            "version; allowed: 1"
+        )
+    if world_size % tensor:
+        fitting = [n for n in allowed if world_size % n == 0]
+        problems.append(
+            f"{tensor_is}: the world size {world_size} is not divisible by {tensor}; allowed: "
+            f"{', '.join(map(str, fitting))}, or start a multiple of {tensor} ranks"
+        )
+    if config.parallel.sequence:
+        sequence_is = f"parallel.sequence=true ({sources['parallel.sequence']})"
+        if tensor == 1:
+            problems.append(f"{sequence_is}: shards over tensor-parallel ranks; needs parallel.tensor of 2 or more")
+        elif (config.block_size or 0) % tensor:
+            problems.append(f"{sequence_is}: block_size={config.block_size} is not divisible by {tensor_is}")
+    return problems, max(1, world_size // tensor)
+
+
+def resolve_batch(
+    config: ExperimentConfig, sources: dict[str, str], data_parallel_size: int
+) -> tuple[ExperimentConfig, int, list[str]]:
+    """Fill in ``batch_size`` and ``train.global_batch_size``; the second result is the number of microbatches.
+
+    Of batch_size b, global_batch_size g and accumulation a, g = a * b * data-parallel ranks. A preset's b gives way:
+    it is lowered to the largest divisor of g / ranks (or to what a leaves of it) where only g was asked for.
+    """
+    per_rank, global_size = config.batch_size, config.train.global_batch_size
+    accumulation = config.train.gradient_accumulation_steps
+    found = []
+    for name, value in (
+        ("batch_size", per_rank), ("train.global_batch_size", global_size),
+        ("train.gradient_accumulation_steps", accumulation),
+    ):  # fmt: skip
+        if value is not None and value < 1:
+            found.append(f"{name}={value} ({sources[name]}): must be 1 or more")
+    if found or per_rank is None:
+        return config, 1, found
+    if global_size is None:
+        accumulation = accumulation or 1
+        global_size = accumulation * per_rank * data_parallel_size
+        sources["train.global_batch_size"] = "from batch_size, ranks and accumulation"
+    else:
+        is_free = sources["batch_size"].startswith(("preset", "default"))
+        samples = global_size // data_parallel_size
+        global_is = f"train.global_batch_size={global_size} ({sources['train.global_batch_size']})"
+        if global_size % data_parallel_size:
+            found.append(f"{global_is}: not divisible by {data_parallel_size} data-parallel ranks")
+        elif accumulation is None:
+            if is_free:
+                per_rank = max(d for d in range(1, min(per_rank, samples) + 1) if samples % d == 0)
+                sources["batch_size"] += ", fitted to train.global_batch_size"
+            accumulation = samples // per_rank
+        elif is_free and samples % accumulation == 0:
+            per_rank = samples // accumulation
+            sources["batch_size"] = "from train.global_batch_size and accumulation"
+        if not found and accumulation is not None and accumulation * per_rank * data_parallel_size != global_size:
+            given = config.train.gradient_accumulation_steps
+            product = f"batch_size={per_rank} ({sources['batch_size']}) x {data_parallel_size} data-parallel ranks"
+            if given is None:
+                found.append(f"{global_is}: not divisible by {product} = {per_rank * data_parallel_size}")
+            else:
+                source = sources["train.gradient_accumulation_steps"]
+                found.append(
+                    f"{global_is}: is not {product} x train.gradient_accumulation_steps={given} ({source}) = "
+                    f"{per_rank * data_parallel_size * given}"
+                )
+    train = replace(config.train, global_batch_size=global_size)
+    return replace(config, batch_size=per_rank, train=train), accumulation or 1, found
