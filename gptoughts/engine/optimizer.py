@@ -6,7 +6,7 @@ decoupled from the gradient (arXiv:1711.05101, algorithm 2). λ = 0 for tensors 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -53,13 +53,17 @@ def build_optimizer(
     return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=optim.eps, fused=True)
 
 
-def allocate_state(optimizer: torch.optim.Optimizer) -> None:
-    """Give every parameter its moments (zero) and a step count of 0, as the first step would."""
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            state = optimizer.state[parameter]
-            for kind in ("exp_avg", "exp_avg_sq"):
-                state.setdefault(kind, torch.zeros_like(parameter, requires_grad=False))
+def allocate_state(optimizer: torch.optim.Optimizer, tensors: Sequence[Tensor]) -> None:
+    """Give every tensor that the optimizer is to update its moments (zero) and a step count of 0.
+
+    Args:
+        optimizer: AdamW.
+        tensors: What it updates; ZeRO-3 puts them into ``param_groups`` only for the moment of the update.
+    """
+    for tensor in tensors:
+        state = optimizer.state[tensor]
+        for kind in ("exp_avg", "exp_avg_sq"):
+            state.setdefault(kind, torch.zeros_like(tensor, requires_grad=False))
     set_step_count(optimizer, 0)
 
 
@@ -71,12 +75,10 @@ def step_count(optimizer: torch.optim.Optimizer) -> int:
 
 
 def set_step_count(optimizer: torch.optim.Optimizer, steps: int) -> None:
-    """Set Adam's t for every parameter; DeepSpeed's kernel keeps an int, torch's a tensor beside the parameter."""
+    """Set Adam's t for every tensor; DeepSpeed's kernel keeps an int, torch's a tensor beside what it updates."""
     is_torch = isinstance(optimizer, torch.optim.AdamW)
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            state = optimizer.state[parameter]
-            value: Tensor | int = steps
-            if is_torch:
-                value = torch.tensor(float(steps), dtype=torch.float32, device=parameter.device)
-            state["step"] = value
+    for tensor, state in optimizer.state.items():
+        value: Tensor | int = steps
+        if is_torch:
+            value = torch.tensor(float(steps), dtype=torch.float32, device=tensor.device)
+        state["step"] = value

@@ -17,8 +17,6 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup, ReduceOp, all_reduce
 
-from gptoughts.engine.optimizer import allocate_state
-
 CLIP_EPS = 1e-6
 
 
@@ -70,7 +68,6 @@ class ReplicatedOptimizer:
             for parameter, master in zip(self.parameters, self.masters, strict=True)
             if is_first or getattr(parameter, "tensor_model_parallel", False)
         ]
-        allocate_state(basic)
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:

@@ -55,8 +55,7 @@ class TrainingState:
         self._stage = engine.zero_optimization_stage()
         self._parameters = {name: p for name, p in parameters.items() if p.requires_grad}
         self._basic: torch.optim.Optimizer = self._optimizer.optimizer
-        # DeepSpeed has stepped the optimizer of stage 3 once with zero gradients and the others not at all.
-        allocate_state(self._basic)
+        allocate_state(self._basic, self._flat_tensors())
 
     def fragments(self) -> list[StateFragment]:
         """This rank's pieces, parameter by parameter. Collective: none."""
@@ -111,6 +110,13 @@ class TrainingState:
                 if hasattr(self._optimizer.loss_scaler, field):
                     setattr(self._optimizer.loss_scaler, field, value)
             self._refresh_weights()
+
+    def _flat_tensors(self) -> list[Tensor]:
+        if self._stage == 0:
+            return list(self._optimizer.masters)
+        if self._stage < 3:
+            return list(self._optimizer.single_partition_of_fp32_groups)
+        return list(self._optimizer.fp32_partitioned_groups_flat)
 
     def _tensors(self, flat: Tensor) -> Iterator[tuple[str, Tensor]]:
         yield WEIGHT, flat.detach()
