@@ -21,6 +21,7 @@ from megatron.core.tensor_parallel.mappings import (
 )
 from megatron.core.transformer.attention import SelfAttention as UpstreamSelfAttention
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention as UpstreamMLASelfAttention
+from megatron.core.transformer.multi_latent_attention import MLASelfAttentionSubmodules
 from torch import Tensor
 
 from gptoughts.models.rotary import rotate
@@ -125,6 +126,15 @@ class MLASelfAttention(_CoreCall, UpstreamMLASelfAttention):
         query = self._query(hidden_states, rotary_pos_emb)
         key, value = self._key_value(hidden_states, rotary_pos_emb)
         return self.linear_proj(self._core(query, key, value, attention_mask, packed_seq_params))
+
+    def _resolve_qk_norm_config(self, submodules: MLASelfAttentionSubmodules) -> dict[str, Any]:
+        """The spec as it is, for megatron-core 0.19.
+
+        With latent norms it takes a norm fused into linear_q_proj for granted where queries have no latent, and that
+        class is Transformer Engine's (transformer/mla_qk_norm_config.py:152, 0.19.2).
+        """
+        names = ("linear_q_proj", "linear_q_up_proj", "linear_kv_up_proj", "q_layernorm", "kv_layernorm")
+        return {name: getattr(submodules, name) for name in names}
 
     def _query(self, hidden_states: Tensor, table: Tensor) -> Tensor:
         """[s, b, h] to [s, b, np, qk_head_dim + d]."""

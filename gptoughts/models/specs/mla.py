@@ -23,7 +23,8 @@ def mla_decoder_spec(
 ) -> TransformerBlockSubmodules:
     """This stage's layers with latent attention and a dense SwiGLU; arguments as in ``dense_decoder_spec``."""
     backend = backend or select_backend(config.normalization)
-    return decoder_block(decoder_layer(mla_attention(config, backend, attn_mask_type), backend), config, backend, vp_stage)
+    layer = decoder_layer(mla_attention(config, backend, attn_mask_type), backend)
+    return decoder_block(layer, config, backend, vp_stage)
 
 
 def mla_attention(config: MLATransformerConfig, backend: SpecBackend, attn_mask_type: AttnMaskType) -> ModuleSpec:
