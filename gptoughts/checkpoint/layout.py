@@ -25,6 +25,7 @@ LATEST = "latest"
 CONFIG = "config.yaml"
 TRAIN_STATE = "train_state.json"
 TOKENIZER = "tokenizer.json"
+TOKENIZER_CONFIG = "tokenizer_config.json"
 FORMAT_VERSION = 1
 _PARTIAL = ".partial"
 _CHUNK_BYTES = 1 << 24

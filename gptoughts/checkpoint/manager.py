@@ -31,7 +31,7 @@ class CheckpointManager:
         keep_last: Newest checkpoints that stay; 0 keeps all.
         config_yaml: The resolved configuration, stored with every checkpoint.
         identity: What makes the model this one (family and shape); compared on resume.
-        tokenizer: tokenizer.json to carry along, if there is one.
+        tokenizer: tokenizer.json to carry along (and tokenizer_config.json where it lies beside), if there is one.
     """
 
     run: Path
@@ -78,9 +78,12 @@ class CheckpointManager:
         layout.write_atomically(partial / layout.TRAIN_STATE, json.dumps(state, indent=2) + "\n")
         names = [layout.CONFIG, layout.TRAIN_STATE]
         if self.tokenizer is not None:
-            shutil.copyfile(self.tokenizer, partial / layout.TOKENIZER)
-            layout.sync_file(partial / layout.TOKENIZER)
-            names.append(layout.TOKENIZER)
+            beside = self.tokenizer.with_name(layout.TOKENIZER_CONFIG)
+            for source, name in ((self.tokenizer, layout.TOKENIZER), (beside, layout.TOKENIZER_CONFIG)):
+                if source.is_file():
+                    shutil.copyfile(source, partial / name)
+                    layout.sync_file(partial / name)
+                    names.append(name)
         records = records | {name: layout.FileRecord.of(partial / name) for name in names}
         layout.write_manifest(
             partial, records, {"step": state["step"], "world_size": dist.get_world_size(), "model": dict(self.identity)}

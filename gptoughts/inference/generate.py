@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -40,7 +39,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not arguments.prompt:
         raise DataError("prompt='' (command line): is empty; give at least one character")
 
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    from gptoughts.platform.startup import prepare_process
+
+    prepare_process()
     from gptoughts.inference.autoregressive import SamplingOptions, generate
     from gptoughts.inference.loading import load_model
 

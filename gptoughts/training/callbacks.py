@@ -48,7 +48,10 @@ class ValidationCallback(Callback):
         """Validation figures measured at ``step``, if any."""
         if self.last is None or self.last_step != step:
             return {}
-        return {"valid_loss": self.last.nats_per_token, "valid_bits_per_byte": self.last.bits_per_byte}
+        found: LogLine = {"valid_loss": self.last.nats_per_token}
+        if self.last.bits_per_byte is not None:
+            found["valid_bits_per_byte"] = self.last.bits_per_byte
+        return found
 
 
 class MetricsCallback(Callback):
@@ -225,7 +228,7 @@ class ProgressCallback(Callback):
             f"grad_norm {report.result.grad_norm:.3f}  {rate:,.0f} tokens/s  ETA {left / 60:.1f} min"
         )
         if line.get("step") == trainer.state.step and "valid_loss" in line:
-            text += f"  valid {line['valid_loss']:.4f} ({line['valid_bits_per_byte']:.4f} bits/byte)"
+            text += f"  valid {line['valid_loss']:.4f}"
         return text
 
     def on_train_end(self, trainer: Trainer) -> None:

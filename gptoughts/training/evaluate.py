@@ -21,7 +21,8 @@ class ValidationResult:
     """Loss over the validation samples."""
 
     nats_per_token: float
-    bits_per_byte: float
+    bits_per_byte: float | None
+    """None where the corpus names no tokenizer, so that bytes cannot be counted."""
     num_samples: int
     num_tokens: float
 
@@ -69,7 +70,7 @@ class Validator:
             num_bytes += result.extras[TARGET_BYTES]
         return ValidationResult(
             nats_per_token=loss_sum / denominator,
-            bits_per_byte=loss_sum / (math.log(2) * num_bytes) if num_bytes else math.nan,
+            bits_per_byte=loss_sum / (math.log(2) * num_bytes) if num_bytes else None,
             num_samples=self._num_samples,
             num_tokens=denominator,
         )

@@ -64,6 +64,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if not experiment.config.data.train:
         raise DataError("data.train is empty: name a corpus with --data PREFIX (tools/preprocess_data.py makes one)")
+    from gptoughts.platform.startup import prepare_process
+
+    prepare_process()
     from gptoughts.training.setup import run
 
     return run(experiment)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ from gptoughts.config.resolve import Experiment
 from gptoughts.data.corpus import CorpusInfo, inspect_corpus
 from gptoughts.data.loader import StepLoader
 from gptoughts.data.pretrain import build_samples, build_validation_samples
-from gptoughts.data.tokenizer import load_tokenizer
+from gptoughts.data.tokenizer import load_tokenizer, tokenizer_file
 from gptoughts.engine.lr_schedule import build_schedule
 from gptoughts.engine.deepspeed_engine import TrainEngine, construction_context, gathered
 from gptoughts.engine.interface import ForwardOutput
@@ -44,8 +43,6 @@ from gptoughts.training.metrics import METRICS_FILE, MetricsFile
 from gptoughts.training.plot import draw_runs
 from gptoughts.training.signals import StopRequests
 from gptoughts.training.trainer import Trainer, TrainState
-
-logger = logging.getLogger("gptoughts")
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _RUN_ONLY_FIELDS = ("attention_dropout", "hidden_dropout", "init_method_std", "seq_length")
@@ -91,6 +88,15 @@ def check_device(config: ExperimentConfig) -> None:
     """
     if not device.supports_precision(DTYPES[precision(config)]):
         raise ConfigError(f"train.precision={precision(config)}: {device.describe()} cannot run it; allowed here: fp32, bf16")
+
+
+def read_token_bytes(tokenizer: str | None, size: int) -> torch.Tensor:
+    """UTF-8 bytes of each token id, int64 [size] on the device; zeros where there is no tokenizer or no such id."""
+    table = torch.zeros(size, dtype=torch.int64)
+    if tokenizer is not None:
+        lengths = torch.from_numpy(load_tokenizer(tokenizer).token_byte_lengths())
+        table[: len(lengths)] = lengths[:size]
+    return table.to(device.current_device())
 
 
 def build_engine(experiment: Experiment, token_bytes: torch.Tensor) -> tuple[TrainEngine, Objective, dict[str, Any]]:
@@ -149,7 +155,7 @@ def build_validation(
     if not corpus.valid:
         return None
     samples = build_validation_samples(
-        [prefix for _, prefix in corpus.valid],
+        corpus.valid,
         seq_length=seq_length(config),
         num_extra_tokens=objective.num_extra_tokens,
         cache_dir=config.data.cache_dir,
@@ -179,18 +185,10 @@ def run(experiment: Experiment) -> int:
         if config.train.deterministic:
             determinism.enable()
         groups.initialize(config.parallel, seed=config.seed)
-        _configure_logging()
         try:
             return _run(experiment, stop)
         finally:
             groups.destroy()
-
-
-def _configure_logging() -> None:
-    is_first = dist.get_rank() == 0
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    logger.setLevel(logging.INFO if is_first else logging.ERROR)
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING if is_first else logging.ERROR)
 
 
 def _run(experiment: Experiment, stop: StopRequests) -> int:
@@ -200,10 +198,14 @@ def _run(experiment: Experiment, stop: StopRequests) -> int:
     corpus = inspect_corpus(config.data, seq_length=seq_length(config))
     for line in announcement(experiment, corpus):
         console.print(line)
-    token_bytes = torch.from_numpy(load_tokenizer(corpus.tokenizer).token_byte_lengths()).to(device.current_device())
+    token_bytes = read_token_bytes(corpus.tokenizer, config.model.padded_vocab_size)
     engine, objective, names = build_engine(experiment, token_bytes)
     manager = CheckpointManager(
-        run_folder, config.checkpoint.keep_last, to_yaml(config), model_identity(config), Path(corpus.tokenizer)
+        run_folder,
+        config.checkpoint.keep_last,
+        to_yaml(config),
+        model_identity(config),
+        tokenizer_file(corpus.tokenizer) if corpus.tokenizer else None,
     )
     state = TrainState()
     reader = manager.find(config.resume)
@@ -325,9 +327,9 @@ def conclusion(
         lines.append(f"stopped at step {trainer.state.step} by {why}; the same command goes on from there")
     if validation is not None and validation.last is not None:
         found = validation.last
+        per_byte = "" if found.bits_per_byte is None else f", {found.bits_per_byte:.4f} bits per byte"
         lines.append(
-            f"validation loss {found.nats_per_token:.4f} nats per token, {found.bits_per_byte:.4f} bits per byte "
-            f"({found.num_samples} samples)"
+            f"validation loss {found.nats_per_token:.4f} nats per token{per_byte} ({found.num_samples} samples)"
         )
     if config.log.plot and dist.get_rank() == 0 and (run / METRICS_FILE).stat().st_size:
         lines.append(f"loss curve {draw_runs([run], run / 'loss.png')}")

@@ -1,0 +1,41 @@
+"""What has to be settled before megatron-core and DeepSpeed are imported."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+
+import torch
+
+_UNNEEDED_WARNINGS = (
+    # megatron-core 0.16.1: optimizer/__init__.py:24 and others, on every machine without both; tools/doctor.py says it once.
+    (".*Transformer Engine and Apex are not installed.*", UserWarning),
+    (".*Apex is not installed.*", UserWarning),
+)
+
+
+def prepare_process() -> None:
+    """Choose DeepSpeed's accelerator, share the cores among the ranks of this host, keep the terminal readable.
+
+    What the user has set (``DS_ACCELERATOR``, ``OMP_NUM_THREADS``) stays.
+    """
+    for message, category in _UNNEEDED_WARNINGS:
+        warnings.filterwarnings("ignore", message=message, category=category)
+    is_first = os.environ.get("RANK", "0") == "0"
+    logging.basicConfig(format="%(message)s", level=logging.WARNING if is_first else logging.ERROR)
+    logging.getLogger("gptoughts").setLevel(logging.INFO if is_first else logging.ERROR)
+    os.environ.setdefault("DS_LOG_LEVEL", "warning" if is_first else "error")
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        if "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(max(1, _cores() // _ranks_on_this_host()))
+
+
+def _ranks_on_this_host() -> int:
+    # torchrun says LOCAL_WORLD_SIZE, DeepSpeed's launcher LOCAL_SIZE.
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,138 @@
+"""Small real runs for tests: a family's debug preset made tiny, on real text, through the whole configuration path."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from gptoughts.config.cli import load_experiment, to_yaml
+from gptoughts.config.resolve import Experiment
+from gptoughts.models.registry import FAMILIES
+from gptoughts.objectives.base import ModelInputs, Objective
+
+TEXT = Path(__file__).parent.parent / "LICENSE"
+SEQUENCE = 64
+SAMPLES_PER_STEP = 8
+WORLD_KEYS = ("tensor", "sequence", "data", "zero", "accumulation")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One way to run the same model on the same global batch."""
+
+    tensor: int = 1
+    sequence: bool = False
+    data: int = 1
+    zero: int = 0
+    accumulation: int = 1
+    precision: str = "fp32"
+    extra: tuple[str, ...] = field(default=())
+
+    @property
+    def world_size(self) -> int:
+        return self.tensor * self.data
+
+    def __str__(self) -> str:
+        name = f"tp{self.tensor}{'sp' if self.sequence else ''}-dp{self.data}-zero{self.zero}-acc{self.accumulation}"
+        return name if self.precision == "fp32" else f"{name}-{self.precision}"
+
+
+def toy_experiment(family: str, layout: Layout, folder: Path, *, steps: int = 20) -> Experiment:
+    """A run of the family's debug preset with two narrow layers, a byte vocabulary and AdamW's eps at 1e-4."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = folder / f"ds-{layout}.json"
+    config.write_text(
+        json.dumps({"zero_optimization": {"stage": layout.zero}, "bf16": {"enabled": layout.precision == "bf16"}})
+    )
+    batch_size = SAMPLES_PER_STEP // (layout.data * layout.accumulation)
+    arguments = [
+        f"--model_type={family}", "--size=debug", f"--deepspeed_config={config}", f"--output_dir={folder / 'run'}",
+        f"--batch_size={batch_size}", f"--train.global_batch_size={SAMPLES_PER_STEP}", f"--block_size={SEQUENCE}",
+        "--model.num_layers=2", "--model.vocab_size=256", f"--train.steps={steps}", "--optim.lr=1e-3",
+        "--optim.eps=1e-4", "--optim.warmup_steps=5", f"--parallel.tensor={layout.tensor}",
+        f"--parallel.sequence={str(layout.sequence).lower()}", "--grad_clip=0", *layout.extra,
+    ]  # fmt: skip
+    return load_experiment(arguments, FAMILIES, world_size=layout.world_size)
+
+
+def text_rows(count: int, width: int) -> np.ndarray:
+    """int64 [count, width]: overlapping windows of a fixed English text, one byte per token."""
+    text = np.frombuffer(TEXT.read_bytes(), dtype=np.uint8).astype(np.int64)
+    starts = (np.arange(count) * 37) % (len(text) - width)
+    return np.stack([text[start : start + width] for start in starts])
+
+
+def step_microbatches(experiment: Experiment, objective: Objective, step: int, data_rank: int) -> list[ModelInputs]:
+    """This data-parallel rank's microbatches of one step, cut from the same global batch in every layout."""
+    rows = experiment.config.batch_size or 1
+    first = step * experiment.samples_per_step
+    everything = text_rows(first + experiment.samples_per_step, SEQUENCE + objective.num_extra_tokens)
+    found = []
+    for microbatch in range(experiment.num_microbatches):
+        start = first + (microbatch * experiment.data_parallel_size + data_rank) * rows
+        indices = np.arange(start, start + rows)
+        found.append(objective.prepare(torch.from_numpy(everything[indices]), torch.from_numpy(indices)))
+    return found
+
+
+class ToyRun:
+    """A toy experiment on this rank: engine, objective, parameters. Collective: every rank of the world."""
+
+    def __init__(self, family: str, layout: Layout, folder: Path, *, steps: int = 20) -> None:
+        from gptoughts.checkpoint.manager import CheckpointManager
+        from gptoughts.engine.lr_schedule import build_schedule
+        from gptoughts.parallel import groups
+        from gptoughts.platform import determinism
+        from gptoughts.training.setup import build_engine, model_identity
+
+        determinism.enable()
+        self.experiment = toy_experiment(family, layout, folder, steps=steps)
+        config = self.experiment.config
+        groups.initialize(config.parallel, seed=config.seed)
+        token_bytes = torch.ones(config.model.padded_vocab_size, dtype=torch.int64)
+        self.engine, self.objective, self.parameters = build_engine(self.experiment, token_bytes)
+        self.learning_rate = build_schedule(config.optim, steps=steps)
+        self.data_rank = groups.data_parallel_rank()
+        self.manager = CheckpointManager(Path(config.output_dir), 0, to_yaml(config), model_identity(config))
+        self.step = 0
+
+    def train(self, steps: int) -> Iterator[Any]:
+        """Run the next ``steps`` steps, yielding each result."""
+        for _ in range(steps):
+            batches = step_microbatches(self.experiment, self.objective, self.step, self.data_rank)
+            result = self.engine.train_step(batches, lr=self.learning_rate(self.step), flags={})
+            self.step += 1
+            yield result
+
+    def save(self) -> Path:
+        """Write a checkpoint of the present step."""
+        return self.manager.save(self.engine, {"step": self.step})
+
+    def resume(self) -> None:
+        """Go on from the newest checkpoint of the run's folder."""
+        reader = self.manager.find("auto")
+        assert reader is not None
+        self.step = self.manager.restore(reader, self.engine, list(self.parameters))["step"]
+
+    def close(self) -> None:
+        """Give the engine back, so that the next case starts clean."""
+        self.engine.close()
+
+
+def run_layout(family: str, layout: Layout, folder: str, steps: int, save_at: Sequence[int]) -> list[dict[str, Any]]:
+    """Train a toy run on this rank and save at the given steps; returns each step's figures."""
+    run = ToyRun(family, layout, Path(folder), steps=steps)
+    history = []
+    for result in run.train(steps):
+        history.append({**dataclasses.asdict(result), "loss": result.loss})
+        if run.step in save_at:
+            run.save()
+    run.close()
+    return history

@@ -1,0 +1,101 @@
+"""Any layout equals the one-rank run; tolerances and their reasons: docs/numerical_stability.md.
+
+The gradient of step 1 is read from AdamW's first moment after it, (1 - beta1) g, as it lies in a checkpoint: so the
+comparison covers what every layout writes there as well.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import Tensor
+
+from gptoughts.checkpoint import layout as checkpoint_layout
+from gptoughts.checkpoint.portable import CheckpointReader
+from gptoughts.config.experiment import OptimConfig
+from gptoughts.models.registry import FAMILIES
+from tests.distributed import run_distributed
+from tests.harness import Layout, run_layout
+
+STEPS = 20
+STEP_1_LOSS_RELATIVE = 1e-6
+STEP_1_GRADIENT_RELATIVE = 1e-5
+LATER_LOSS_RELATIVE = 1e-4
+LATER_GRAD_NORM_RELATIVE = 1e-3
+LATER_WEIGHT_RELATIVE = 1e-4
+
+ONE_RANK = Layout()
+LAYOUTS = [
+    *(Layout(zero=zero) for zero in (1, 2, 3)),
+    *(Layout(zero=zero, accumulation=4) for zero in (0, 1, 2, 3)),
+    *(Layout(data=2, zero=zero) for zero in (0, 1, 2, 3)),
+    *(Layout(data=2, zero=zero, accumulation=4) for zero in (1, 3)),
+    *(Layout(tensor=2, zero=zero) for zero in (0, 1, 2, 3)),
+    *(Layout(tensor=2, sequence=True, zero=zero) for zero in (0, 1, 3)),
+    Layout(tensor=2, sequence=True, data=2, zero=3, accumulation=2),
+    Layout(tensor=2, data=2, zero=1),
+]
+
+Run = tuple[list[dict[str, Any]], Path]
+_runs: dict[str, Run] = {}
+
+
+def reference(family: str, folder: Path) -> Run:
+    """The one-rank run without sharding, made once."""
+    if family not in _runs:
+        _runs[family] = run_case(family, ONE_RANK, folder)
+    return _runs[family]
+
+
+def run_case(family: str, layout: Layout, folder: Path) -> Run:
+    histories = run_distributed(run_layout, layout.world_size, family, layout, str(folder), STEPS, (1, STEPS))
+    figures = [[(r["loss"], r["grad_norm"]) for r in history] for history in histories]
+    assert all(other == figures[0] for other in figures), "a step's figures differ between ranks"
+    return histories[0], folder / "run"
+
+
+def gradients(run: Path) -> dict[str, Tensor]:
+    reader = CheckpointReader(checkpoint_layout.step_folder(run, 1))
+    return {name: reader.full(name, "exp_avg") / (1 - OptimConfig.beta1) for name in reader.names()}
+
+
+def weights(run: Path, step: int) -> dict[str, Tensor]:
+    reader = CheckpointReader(checkpoint_layout.step_folder(run, step))
+    return {name: reader.full(name) for name in reader.names()}
+
+
+def relative(ours: Tensor, theirs: Tensor) -> float:
+    return float((ours - theirs).norm() / theirs.norm().clamp(min=1e-30))
+
+
+@pytest.fixture(scope="module")
+def reference_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("reference")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_layout_equals_one_rank(family: str, layout: Layout, tmp_path: Path, reference_folder: Path) -> None:
+    expected, expected_run = reference(family, reference_folder / family)
+    found, found_run = run_case(family, layout, tmp_path)
+
+    assert found[0]["loss"] == pytest.approx(expected[0]["loss"], rel=STEP_1_LOSS_RELATIVE)
+    there, here = gradients(expected_run), gradients(found_run)
+    assert here.keys() == there.keys()
+    for name, gradient in there.items():
+        assert relative(here[name], gradient) <= STEP_1_GRADIENT_RELATIVE, name
+
+    for step, (ours, theirs) in enumerate(zip(found, expected, strict=True), start=1):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=LATER_LOSS_RELATIVE), f"step {step}"
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=LATER_GRAD_NORM_RELATIVE), f"step {step}"
+        assert ours["applied"]
+    there, here = weights(expected_run, STEPS), weights(found_run, STEPS)
+    for name, weight in there.items():
+        assert relative(here[name], weight) <= LATER_WEIGHT_RELATIVE, name
+
+
+def test_the_reference_learns() -> None:
+    for family, (history, _) in _runs.items():
+        assert history[-1]["loss"] < 0.9 * history[0]["loss"], family
