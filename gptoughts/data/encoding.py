@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -178,6 +179,8 @@ def _loaded_tokenizer(path: str) -> Tokenizer:
 def prepare_worker(tokenizer: str) -> None:
     """Initialiser of a worker process: one thread each, tokenizer loaded before the first task."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    # Ctrl-C reaches the whole process group: the process that writes decides, and ends the workers.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     _loaded_tokenizer(tokenizer)
 
 

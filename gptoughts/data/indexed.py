@@ -11,7 +11,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import logging
 import os
 import struct
 from dataclasses import dataclass
@@ -23,6 +25,8 @@ from numpy.typing import NDArray
 
 from gptoughts.data.files import partial_path, publish, write_atomically
 from gptoughts.errors import DataError
+
+logger = logging.getLogger(__name__)
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")
@@ -185,9 +189,14 @@ class IndexedWriter:
 
     @staticmethod
     def _open(path: str, num_bytes: int) -> IO[bytes]:
-        if num_bytes == 0:
-            return open(partial_path(path), "wb")
-        stream = open(partial_path(path), "r+b")  # noqa: SIM115  # closed by close()
+        stream = os.fdopen(os.open(partial_path(path), os.O_RDWR | os.O_CREAT, 0o666), "r+b")
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            stream.close()
+            raise DataError(f"output {path!r}: another process is writing it") from error
+        except OSError:  # a file system without locks
+            logger.debug("no file locks for %s", path)
         stream.truncate(num_bytes)
         stream.seek(num_bytes)
         return stream

@@ -138,13 +138,13 @@ class StepLoader:
         """
         if self._is_closed:
             raise RuntimeError("this loader is closed")
-        if self._thread is None:
-            batches: list[Batch] | BaseException = self._read_step(self.consumed_samples)
-        else:
-            batches = self._ready.get()
-        if isinstance(batches, BaseException):
+        try:
+            batches = self._read_step(self.consumed_samples) if self._thread is None else self._ready.get()
+            if isinstance(batches, BaseException):
+                raise batches
+        except BaseException:
             self.close()
-            raise batches
+            raise
         self.consumed_samples += self._samples_per_step
         return batches
 
