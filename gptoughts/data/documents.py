@@ -159,6 +159,8 @@ def read_rows(file: SourceFile, text_field: str) -> Iterator[list[str]]:
     import datasets
 
     assert file.row_format is not None
+    # It logs what it then raises, and the line here says it once.
+    datasets.utils.logging.set_verbosity(datasets.utils.logging.CRITICAL)
     columns = {"columns": [text_field]} if file.row_format == "parquet" else {}
     try:
         rows = datasets.load_dataset(file.row_format, data_files=[file.path], split="train", streaming=True, **columns)
@@ -175,5 +177,7 @@ def read_rows(file: SourceFile, text_field: str) -> Iterator[list[str]]:
     except DataError:
         raise
     except Exception as error:  # datasets wraps what pyarrow, gzip and zstandard raise in many types of its own
+        if isinstance(error.__cause__ or error, StopIteration):  # its answer to a file without rows
+            return
         reason = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
         raise DataError(f"input {file.path!r}: cannot be read as {file.row_format} ({reason[0]})") from error

@@ -243,6 +243,12 @@ class IndexedWriter:
         self._tokens.close()
         self._lengths.close()
 
+    def discard(self) -> None:
+        """Close the partial files and remove them."""
+        self.close()
+        for path in (bin_path(self.prefix), self._lengths_path):
+            partial_path(path).unlink(missing_ok=True)
+
     def finish(self) -> None:
         """Write the index and give both files their names: .bin first, so that an .idx never lacks its .bin."""
         self.sync()

@@ -106,12 +106,19 @@ class CorpusOutput:
         for writer in self.writers.values():
             writer.close()
 
+    def discard(self) -> None:
+        """Leave nothing behind."""
+        for writer in self.writers.values():
+            writer.discard()
+        self.journal.unlink(missing_ok=True)
+
     def finish(self) -> None:
         """Name the files; each sidecar comes last and marks its corpus as complete."""
         empty = [name for name, writer in self.writers.items() if writer.num_documents == 0]
         if empty:
-            self.close()
-            raise DataError(self._why_empty(empty))
+            reason = self._why_empty(empty)
+            self.discard()
+            raise DataError(reason)
         self.sync()
         folder = Path(f"{self.prefix}_tokenizer")
         folder.mkdir(exist_ok=True)

@@ -36,7 +36,7 @@ def _run(tokenizer_path: Path, prefix: Path, *inputs: Path, **options: object) -
         "--input",
         *map(str, inputs),
         "--tokenizer",
-        str(tokenizer),
+        str(tokenizer_path),
         "--output_prefix",
         str(prefix),
         "--append_eod",
@@ -185,6 +185,8 @@ def test_running_again(tmp_path: Path, tokenizer_folder: Path, capsys: pytest.Ca
 @pytest.fixture
 def bad_inputs(tmp_path: Path) -> Path:
     (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "empty.jsonl.gz").write_bytes(gzip.compress(b""))
     (tmp_path / "latin.txt").write_bytes("Straße\n".encode("latin-1"))
     (tmp_path / "other.jsonl").write_text('{"content": "x"}\n')
     (tmp_path / "torn.jsonl").write_text('{"text": "x"}\n{"text": "y\n')
@@ -204,6 +206,8 @@ def bad_inputs(tmp_path: Path) -> Path:
         ("nothing", {}, "no text files there"),
         ("nothing", {"suffix": ".py .md"}, r"no text files ending in \.py or \.md"),
         ("empty.txt", {}, "holds no text"),
+        ("empty.jsonl", {}, "holds no text"),
+        ("empty.jsonl.gz", {}, "holds no text"),
         ("latin.txt", {"encoding_errors": "strict"}, r"latin\.txt': byte 4 is not UTF-8"),
         ("latin.txt", {"encoding_errors": "skip"}, "holds no text"),
         ("other.jsonl", {}, "no field 'text'; its fields: content"),
@@ -226,6 +230,8 @@ def test_bad_input(
     with pytest.raises(DataError, match=message):
         _run(tokenizer_folder, bad_inputs / "c", bad_inputs / name, **options)
     assert not list(bad_inputs.glob("c*.idx"))
+    if "holds no text" in message:
+        assert not list(bad_inputs.glob("c.*"))
 
 
 def test_replaced_bytes_and_skipped_files_are_counted(
