@@ -37,8 +37,11 @@ def tree_values(found: DeepSpeedJson, problems: list[str]) -> dict[str, JsonValu
     values = {}
     for name, key in _DIRECT.items():
         value = found.concrete(key)
-        if value is not None and not isinstance(value, dict):
-            values[name] = JsonValue(float(value) if name == "grad_clip" else value, key, value)
+        if name == "use_fp8":
+            if isinstance(value, bool):
+                values[name] = JsonValue(value, key, value)
+        elif _is_number(value):  # anything else has been reported as a wrong type
+            values[name] = JsonValue(float(value) if name == "grad_clip" else int(value), key, value)
     values |= _precision(found, problems)
     values |= _optimizer(found, problems)
     values |= _scheduler(found, problems)

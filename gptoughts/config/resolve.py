@@ -132,7 +132,7 @@ def resolve(
     values, sources = layers.join()
     _settle_length(values, sources, problems)
     config = _fill(build_tree(values, model_class), sources)
-    if inspect is not None:
+    if inspect is not None and (config.block_size or 0) >= 1:
         inspection = inspect(config)
         problems += inspection.problems
         config = _settle_vocabulary(config, inspection.vocab_size, sources, problems)

@@ -1,0 +1,46 @@
+"""Presets: they can be built, are as large as they say, and keep to the table that they cite."""
+
+from __future__ import annotations
+
+import pytest
+
+from gptoughts.models.flops import count_parameters
+from gptoughts.models.registry import FAMILIES
+
+CASES = [(family, size) for family in FAMILIES.values() for size in family.presets]
+NOMINAL = {"debug": 7e6, "small": 125e6, "medium": 350e6, "large": 760e6, "xl": 1.5e9}
+GPT3 = {  # arXiv:2005.14165, table 2.1: layers, width, heads, head size, learning rate
+    "small": (12, 768, 12, 64, 6e-4),
+    "medium": (24, 1024, 16, 64, 3e-4),
+    "large": (24, 1536, 16, 96, 2.5e-4),
+    "xl": (24, 2048, 24, 128, 2e-4),
+}
+
+
+@pytest.mark.parametrize(("family", "size"), CASES, ids=lambda v: getattr(v, "name", v))
+def test_a_preset_is_sound(family, size: str) -> None:
+    preset = family.presets[size]
+    assert isinstance(preset.model, family.config_class)
+    assert preset.model.problems() == []
+    assert preset.model.filled().problems() == []
+    assert preset.model.filled().filled() == preset.model.filled()
+    assert preset.source
+    total = count_parameters(family, preset.model).total
+    assert total == pytest.approx(preset.num_parameters, rel=0.01)
+    assert total == pytest.approx(NOMINAL[size], rel=0.1)
+    assert preset.model.vocab_size == preset.model.padded_vocab_size == (8192 if size == "debug" else 32768)
+    for tensor in (1, 2, 4):
+        assert all(count % tensor == 0 for count in preset.model.tensor_parallel_divisors().values())
+
+
+@pytest.mark.parametrize(("family", "size"), CASES, ids=lambda v: getattr(v, "name", v))
+def test_a_preset_keeps_to_its_table(family, size: str) -> None:
+    if size == "debug":
+        assert family.presets[size].model.seq_length == 512
+        return
+    layers, width, heads, head_size, lr = GPT3[size]
+    preset = family.presets[size]
+    model = preset.model.filled()
+    assert (model.num_layers, model.hidden_size, model.num_attention_heads, preset.lr) == (layers, width, heads, lr)
+    assert getattr(model, "kv_channels" if family.name == "gpt" else "v_head_dim") == head_size
+    assert model.ffn_hidden_size == -(-8 * width // 3 // 256) * 256
