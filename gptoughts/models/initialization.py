@@ -14,8 +14,10 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import Parameter
+
+from gptoughts.parallel import partition
 
 Gathered = Callable[[list[Parameter]], AbstractContextManager[object]]
 """Makes parameters whole inside the context and shares what was written (ZeRO-3's GatheredParameters)."""
@@ -53,15 +55,12 @@ def initialize_parameters(
     """
     for name, parameter in parameters.items():
         with gathered([parameter]), torch.no_grad():
-            divided_dim, stride = partition_of(parameter)
-            size = tensor_parallel_size if divided_dim is not None else 1
+            dim, stride = partition_of(parameter)
             shape = list(parameter.shape)
-            if divided_dim is not None:
-                shape[divided_dim] *= size
+            if dim is not None:
+                shape[dim] *= tensor_parallel_size
             whole = initial_value(name, tuple(shape), seed=seed, std=std, num_layers=num_layers)
-            if divided_dim is not None:
-                whole = slice_of(whole, divided_dim, stride, tensor_parallel_rank, size)
-            parameter.copy_(whole)
+            parameter.copy_(partition.split(whole, dim, stride, tensor_parallel_rank, tensor_parallel_size))
 
 
 def initial_value(name: str, shape: tuple[int, ...], *, seed: int, std: float, num_layers: int) -> Tensor:
@@ -81,19 +80,3 @@ def partition_of(parameter: Tensor) -> tuple[int | None, int]:
         return None, 1
     return int(parameter.partition_dim), int(parameter.partition_stride)  # type: ignore[attr-defined]
 
-
-def slice_of(whole: Tensor, dim: int, stride: int, rank: int, size: int) -> Tensor:
-    """Rank's part: the ``rank``-th of ``size`` slices of each of ``stride`` blocks (2: fused gate and up) along dim."""
-    blocks = whole.chunk(stride, dim=dim)
-    return torch.cat([block.chunk(size, dim=dim)[rank] for block in blocks], dim=dim)
-
-
-def join_slices(slices: list[Tensor], dim: int, stride: int) -> Tensor:
-    """The whole of what :func:`slice_of` divided, from all ranks' parts in order."""
-    blocks = [part.chunk(stride, dim=dim) for part in slices]
-    return torch.cat([part[index] for index in range(stride) for part in blocks], dim=dim)
-
-
-def count_elements(module: nn.Module) -> int:
-    """Elements of all parameters on this rank, each counted once (whole sizes under ZeRO-3)."""
-    return sum(int(getattr(parameter, "ds_numel", parameter.numel())) for parameter in module.parameters())

@@ -1,0 +1,148 @@
+"""Says what this machine can run, and builds DeepSpeed's CPU operators before the first run needs them."""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import shutil
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from gptoughts.errors import GptoughtsError, PlatformError
+from gptoughts.platform.startup import prepare_process
+from gptoughts.platform.versions import MCORE_VERSION_RANGE, installed_version, megatron_core_version
+
+_PACKAGES = ("torch", "deepspeed", "megatron-core", "transformers", "transformer-engine", "ninja")
+_CPU_BUILDERS = {"comm": ("ShareMemCommBuilder",), "all": ("ShareMemCommBuilder", "CPUAdamBuilder")}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the report."""
+
+    topic: str
+    text: str
+    is_problem: bool = False
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """``tools/doctor.py``: print the findings; status 1 where something will not work."""
+    parser = argparse.ArgumentParser(prog="doctor", description=__doc__)
+    parser.add_argument(
+        "--build_ops",
+        nargs="?",
+        const="comm",
+        choices=tuple(_CPU_BUILDERS),
+        help="compile DeepSpeed's CPU operators now (a minute or two each, once per machine), which the first run would "
+        "otherwise wait for: comm (the default) is what every run needs, all adds the offloaded optimizer's",
+    )
+    options = parser.parse_args(argv)
+    prepare_process()
+    findings = diagnose()
+    if options.build_ops:
+        findings += build_ops(options.build_ops)
+    width = max(len(finding.topic) for finding in findings)
+    for finding in findings:
+        print(f"{'PROBLEM ' if finding.is_problem else '        '}{finding.topic:<{width}}  {finding.text}")
+    return 1 if any(finding.is_problem for finding in findings) else 0
+
+
+def diagnose() -> list[Finding]:
+    """What is installed and whether it works together here."""
+    checks: tuple[Callable[[], list[Finding]], ...] = (
+        _check_packages,
+        _check_megatron_core,
+        _check_device,
+        _check_compiler,
+    )
+    return [finding for check in checks for finding in check()]
+
+
+def build_ops(which: str = "comm") -> list[Finding]:
+    """Compile DeepSpeed's CPU operators (``which``: comm or all); nothing to do where CUDA is used.
+
+    DeepSpeed compiles them in the first ``init_distributed`` of a run and needs ninja on PATH and a C++ compiler.
+    """
+    from gptoughts.platform import device
+
+    if device.is_cuda():
+        return [Finding("operators", "none are needed before the first run on CUDA")]
+    from deepspeed.accelerator import get_accelerator
+
+    _put_ninja_on_path()
+    findings = []
+    for name in _CPU_BUILDERS[which]:
+        started = time.perf_counter()
+        try:
+            builder = get_accelerator().create_op_builder(name)
+            if builder is None:
+                raise PlatformError("this DeepSpeed has no such operator")
+            builder.load(verbose=False)
+        # DeepSpeed's builders raise whatever the compiler, ninja or the loader raised.
+        except Exception as error:
+            findings.append(Finding(name, f"could not be built: {error}", is_problem=True))
+        else:
+            findings.append(Finding(name, f"ready ({time.perf_counter() - started:.1f} s)"))
+    return findings
+
+
+def _check_packages() -> list[Finding]:
+    findings = [Finding("python", f"{platform.python_version()} ({sys.executable})")]
+    for package in _PACKAGES:
+        findings.append(Finding(package, installed_version(package) or "not installed"))
+    return findings
+
+
+def _check_megatron_core() -> list[Finding]:
+    from gptoughts.platform import mcore_cpu
+
+    supported = f">= {MCORE_VERSION_RANGE[0]}, < {MCORE_VERSION_RANGE[1]}"
+    try:
+        version = megatron_core_version()
+        mcore_cpu.install()
+    except GptoughtsError as error:
+        return [Finding("megatron-core", problem, is_problem=True) for problem in error.problems]
+    patched = f"{len(mcore_cpu.PATCHES)} replacements for the CPU" if mcore_cpu.is_installed() else "used as it is"
+    return [Finding("megatron-core", f"{version} is supported ({supported}); {patched}")]
+
+
+def _check_device() -> list[Finding]:
+    import torch
+
+    from gptoughts.platform import device
+
+    engine = "usable" if device.is_transformer_engine_usable() else "not usable here; our own layers are used"
+    findings = [
+        Finding("device", device.describe()),
+        Finding("backend", device.communication_backend()),
+        Finding("transformer engine", engine),
+    ]
+    for dtype in (torch.float32, torch.bfloat16):
+        findings.append(Finding("matrix product", f"{device.peak_tflops(dtype):.2f} TFLOP/s in {dtype}"))
+    return findings
+
+
+def _check_compiler() -> list[Finding]:
+    from gptoughts.platform import device
+
+    if device.is_cuda():
+        return []
+    _put_ninja_on_path()
+    findings = []
+    for program, install in (("ninja", "pip install ninja"), ("c++", "install a C++ compiler, e.g. g++")):
+        found = shutil.which(program)
+        text = found or f"not found; DeepSpeed compiles its CPU operators with it: {install}"
+        findings.append(Finding(program, text, is_problem=found is None))
+    return findings
+
+
+def _put_ninja_on_path() -> None:
+    """pip puts ninja beside this Python, which is not on PATH where a virtual environment is not activated."""
+    import os
+    from pathlib import Path
+
+    folder = str(Path(sys.executable).parent)
+    if folder not in os.environ.get("PATH", "").split(os.pathsep):
+        os.environ["PATH"] = os.pathsep.join([folder, os.environ.get("PATH", "")])
