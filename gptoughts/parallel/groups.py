@@ -37,7 +37,7 @@ def initialize(parallel: ParallelConfig, *, seed: int) -> None:
     """
     device.claim_device()
     mcore_cpu.install()
-    # megatron-core reads torch.cuda at import in places: only import it once the replacements stand.
+    # megatron-core asks for the CUDA device at import in places: only import it once the replacements stand.
     from megatron.core import parallel_state
 
     _initialize_world(parallel.timeout_seconds)
