@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
     gather_from_tensor_model_parallel_region,
     scatter_to_sequence_parallel_region,
@@ -24,6 +25,7 @@ from megatron.core.transformer.multi_latent_attention import MLASelfAttention as
 from megatron.core.transformer.multi_latent_attention import MLASelfAttentionSubmodules
 from torch import Tensor
 
+from gptoughts.models.norms import mark_partial_gradients
 from gptoughts.models.rotary import rotate
 
 
@@ -60,6 +62,15 @@ class _CoreCall:
 
 class SelfAttention(_CoreCall, UpstreamSelfAttention):
     """Multi-head or grouped-query attention with rotary embedding."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        for norm in (self.q_layernorm, self.k_layernorm):
+            # One weight for all heads, of which a rank has its own: gradients are to be summed over the
+            # tensor-parallel group as under sequence parallelism (megatron-core goes by their names,
+            # distributed/finalize_model_grads.py:355, 0.16.1).
+            if norm is not None and self.world_size > 1:
+                mark_partial_gradients(norm)
 
     def forward(  # type: ignore[override]
         self,
@@ -152,14 +163,18 @@ class MLASelfAttention(_CoreCall, UpstreamMLASelfAttention):
         config = self.config
         sizes = [config.kv_lora_rank, config.qk_pos_emb_head_dim]
         combined, _ = self.linear_kv_down_proj(hidden_states)
-        if combined.size(-1) != sum(sizes):  # a column-parallel projection
-            latent, shared = gather_from_tensor_model_parallel_region(combined).split(sizes, dim=-1)
-            if config.sequence_parallel:
-                latent = scatter_to_sequence_parallel_region(latent)
+        is_divided = combined.size(-1) != sum(sizes)  # a column-parallel projection
+        if is_divided:
+            combined = gather_from_tensor_model_parallel_region(combined)
+        latent, shared = combined.split(sizes, dim=-1)
+        if is_divided and config.sequence_parallel:
+            latent = scatter_to_sequence_parallel_region(latent)
+        if config.sequence_parallel and not is_divided:
+            shared = gather_from_sequence_parallel_region(shared, group=self.tp_group)
         else:
-            latent, shared = combined.split(sizes, dim=-1)
-            if self.world_size > 1 and config.sequence_parallel:
-                shared = gather_from_sequence_parallel_region(shared, group=self.tp_group)
+            # Each rank's gradient of the shared rotary key comes from its own heads: sum it. megatron-core does not
+            # (transformer/multi_latent_attention.py:585, 0.16.1), so its gradients with tensor parallelism are off.
+            shared = copy_to_tensor_model_parallel_region(shared)
         expanded, _ = self.linear_kv_up_proj(self.kv_layernorm(latent))
         heads = expanded.view(
             *expanded.shape[:2], self.num_attention_heads_per_partition, config.qk_head_dim + config.v_head_dim

@@ -18,7 +18,8 @@ class RMSNorm(nn.RMSNorm):
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> None:
         super().__init__(hidden_size, eps=eps, device=device.current_device(), dtype=config.params_dtype)
-        mark_sequence_parallel(self, config)
+        if config.sequence_parallel:
+            mark_partial_gradients(self)
 
 
 class LayerNorm(nn.LayerNorm):
@@ -26,13 +27,17 @@ class LayerNorm(nn.LayerNorm):
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> None:
         super().__init__(hidden_size, eps=eps, device=device.current_device(), dtype=config.params_dtype)
-        mark_sequence_parallel(self, config)
+        if config.sequence_parallel:
+            mark_partial_gradients(self)
 
 
-def mark_sequence_parallel(module: nn.Module, config: TransformerConfig) -> None:
-    """Set ``sequence_parallel`` on the module's own parameters, as megatron-core's gradient reduction reads it."""
+def mark_partial_gradients(module: nn.Module) -> None:
+    """Say that gradients of the module's parameters are partial sums, to be added up over the tensor-parallel group.
+
+    ``sequence_parallel`` is megatron-core's name for the mark, whatever makes them partial.
+    """
     for parameter in module.parameters(recurse=False):
-        parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        parameter.sequence_parallel = True  # type: ignore[attr-defined]
 
 
 def norm_class(normalization: str) -> type[nn.Module]:
