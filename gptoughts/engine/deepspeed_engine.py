@@ -62,8 +62,8 @@ def gathered(parameters: Sequence[nn.Parameter]) -> AbstractContextManager[Any]:
     sharded = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
     if not sharded:
         return nullcontext()
-    first_rank = parallel_state.get_data_parallel_src_rank(with_context_parallel=True)
-    return deepspeed.zero.GatheredParameters(sharded, modifier_rank=first_rank)
+    # A rank within the group that shards the parameter (partition_parameters.py:2450, 0.19.8).
+    return deepspeed.zero.GatheredParameters(sharded, modifier_rank=0)
 
 
 class TrainEngine:
