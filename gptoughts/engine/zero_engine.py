@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import nn
 
 from gptoughts.engine.replicated_optimizer import ReplicatedOptimizer
 from gptoughts.parallel.deepspeed_mpu import DeepSpeedMpu
+from gptoughts.platform.device import local_rank
 
 
 class ZeroEngine(DeepSpeedEngine):
@@ -93,6 +95,8 @@ def build_zero_engine(
 
 def initialize_communication() -> None:
     """Give DeepSpeed its wrapper around the process group that exists. Collective: every rank of the world."""
+    # engine.py:1972 (0.19.8) refuses a process without it, also one that no launcher started.
+    os.environ.setdefault("LOCAL_RANK", str(local_rank()))
     deepspeed_comm.init_distributed(
         dist_backend=get_accelerator().communication_backend_name(), dist_init_required=False
     )
