@@ -60,7 +60,10 @@ def _walk(folder: str, exclude: Sequence[str]) -> Iterator[str]:
     def is_excluded(name: str) -> bool:
         return any(fnmatch.fnmatch(name, pattern) for pattern in exclude)
 
-    for root, folders, names in os.walk(folder):
+    def fail(error: OSError) -> None:  # os.walk would leave such a folder out without a word
+        raise error
+
+    for root, folders, names in os.walk(folder, onerror=fail):
         folders[:] = sorted(name for name in folders if not is_excluded(name))
         for name in sorted(names):
             path = os.path.join(root, name)
@@ -84,14 +87,17 @@ def find_inputs(paths: Sequence[str], *, suffixes: Sequence[str], exclude: Seque
     num_binary_files = 0
     for given in paths:
         if os.path.isdir(given):
-            for path in _walk(given, exclude):
-                if suffixes and not path.endswith(tuple(suffixes)):
-                    continue
-                row_format = _row_format(path)
-                if row_format is None and not _is_text(path):
-                    num_binary_files += 1
-                    continue
-                files.append(SourceFile(path, os.path.getsize(path), row_format))
+            try:
+                for path in _walk(given, exclude):
+                    if suffixes and not path.endswith(tuple(suffixes)):
+                        continue
+                    row_format = _row_format(path)
+                    if row_format is None and not _is_text(path):
+                        num_binary_files += 1
+                        continue
+                    files.append(SourceFile(path, os.path.getsize(path), row_format))
+            except OSError as error:
+                problems.append(f"input {error.filename or given!r}: {error.strerror}")
         elif not os.path.isfile(given):
             problems.append(f"input {given!r}: no such file or folder")
         elif _row_format(given) is None and given.lower().endswith(_REFUSED_SUFFIXES):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import multiprocessing
+import multiprocessing.connection
 import os
-import signal
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -176,11 +178,18 @@ def _loaded_tokenizer(path: str) -> Tokenizer:
     return load_tokenizer(path)
 
 
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    multiprocessing.connection.wait([parent.sentinel])
+    os._exit(1)
+
+
 def prepare_worker(tokenizer: str) -> None:
-    """Initialiser of a worker process: one thread each, tokenizer loaded before the first task."""
+    """Initialiser of a worker process: one thread each, tokenizer loaded before the first task, no life of its own."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    # Ctrl-C reaches the whole process group: the process that writes decides, and ends the workers.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # A parent that is killed cannot end its pool, whose workers would then wait for tasks for ever.
+    threading.Thread(target=_end_with_parent, name="end-with-parent", daemon=True).start()
     _loaded_tokenizer(tokenizer)
 
 

@@ -7,8 +7,10 @@ the partial files are synced and ``PREFIX.journal`` says how many tasks they hol
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
 import sys
 import time
 from collections import deque
@@ -55,6 +57,16 @@ def _fingerprint(inputs: Inputs, settings: EncodeSettings) -> str:
     return blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
+@contextlib.contextmanager
+def _sigint_held() -> Iterator[None]:
+    """Ctrl-C waits, and processes started meanwhile never see one: they would print tracebacks while they import."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _encoded(tasks: Iterator[Task], settings: EncodeSettings, workers: int) -> Iterator[tuple[Task, EncodedTask]]:
     """Results in the order of the tasks, with a bounded number of them in flight."""
     if workers == 1:
@@ -67,7 +79,8 @@ def _encoded(tasks: Iterator[Task], settings: EncodeSettings, workers: int) -> I
     ) as pool:
         try:
             for task in tasks:
-                waiting.append((task, pool.submit(encode_task, task, settings)))
+                with _sigint_held():
+                    waiting.append((task, pool.submit(encode_task, task, settings)))
                 if len(waiting) >= workers * _TASKS_IN_FLIGHT_PER_WORKER:
                     done, future = waiting.popleft()
                     yield done, future.result()

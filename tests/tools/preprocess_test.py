@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
@@ -257,6 +262,72 @@ def test_output_that_cannot_be_written(tmp_path: Path, tokenizer_folder: Path) -
     (tmp_path / "a.txt").write_text("a")
     with pytest.raises(DataError, match="File exists"):
         _run(tokenizer_folder, tmp_path / "a.txt" / "c", tmp_path / "a.txt")
+
+
+def _die(*_: object) -> EncodedTask:
+    os._exit(1)
+
+
+def test_a_worker_that_dies(tmp_path: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.txt").write_text("a")
+    monkeypatch.setattr(preprocess, "encode_task", _die)
+    with pytest.raises(DataError, match="a worker process ended abruptly"):
+        _run(tokenizer_folder, tmp_path / "c", tmp_path / "a.txt", workers=2)
+
+
+def test_disk_full(tmp_path: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    (tmp_path / "a.txt").write_text("a")
+    with monkeypatch.context() as patch:
+        patch.setattr(output.IndexedWriter, "sync", fail)
+        with pytest.raises(DataError, match="No space left on device; running the same command again"):
+            _run(tokenizer_folder, tmp_path / "c", tmp_path / "a.txt")
+    assert not (tmp_path / "c.idx").exists()
+    assert _run(tokenizer_folder, tmp_path / "c", tmp_path / "a.txt") == 0
+
+
+def _start_tool(tmp_path: Path, tokenizer_folder: Path) -> subprocess.Popen:
+    """The tool in a process group of its own, in the middle of its work."""
+    (tmp_path / "a.txt").write_text("some words\n" * 380_000)
+    command = [sys.executable, str(ROOT / "tools" / "preprocess_data.py"), "--tokenizer", str(tokenizer_folder)]
+    command += ["--input", str(tmp_path / "a.txt"), "--output_prefix", str(tmp_path / "c"), "--workers", "2"]
+    process = subprocess.Popen(
+        command, cwd=ROOT, env={"PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    deadline = time.monotonic() + 60
+    while len(psutil.Process(process.pid).children()) < 2:  # multiprocessing's resource tracker and a worker
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    return process
+
+
+def _wait_for_end_of_group(group: int) -> None:
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        try:
+            os.killpg(group, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.02)
+    raise AssertionError("processes of the tool are still running")
+
+
+def test_ctrl_c_leaves_nothing_running(tmp_path: Path, tokenizer_folder: Path) -> None:
+    process = _start_tool(tmp_path, tokenizer_folder)
+    os.killpg(process.pid, signal.SIGINT)
+    _, printed = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert printed.strip() == "interrupted; the same command goes on from here"
+    _wait_for_end_of_group(process.pid)
+
+
+def test_workers_end_with_a_killed_parent(tmp_path: Path, tokenizer_folder: Path) -> None:
+    process = _start_tool(tmp_path, tokenizer_folder)
+    process.kill()
+    process.communicate(timeout=60)
+    _wait_for_end_of_group(process.pid)
 
 
 def test_the_tool_ends_with_status_2_and_no_traceback(tmp_path: Path) -> None:
