@@ -96,14 +96,13 @@ class TrainEngine:
         self._seq_length = seq_length
         self._micro_batch_size = int(deepspeed_json.get("train_micro_batch_size_per_gpu", 1))
         self._data_parallel_size = parallel_state.get_data_parallel_world_size()
-        optimizer = build_optimizer(
-            self._parameters, optim, is_offloaded=has_optimizer_offload(deepspeed_json)
-        )
+        optimizer = build_optimizer(self._parameters, optim, is_offloaded=has_optimizer_offload(deepspeed_json))
         sum_tensor_parallel_gradients(self._parameters.values())
         self.deepspeed = build_zero_engine(ChunkDispatcher(self.chunks), optimizer, deepspeed_json)
         self._proxies = [ChunkProxy(chunk, i, self.deepspeed) for i, chunk in enumerate(self.chunks)]
         for chunk in self.chunks:
-            chunk.config.grad_scale_func = self._scale_loss if self._is_fp16 else None
+            config: Any = chunk.config
+            config.grad_scale_func = self._scale_loss if self._is_fp16 else None
         self._state = state.TrainingState(self.deepspeed, self._parameters)
 
     @property
@@ -235,6 +234,7 @@ def _no_loss(output: Tensor) -> tuple[Tensor, Any]:
 def _broadcast_from_last_stage(names: list[str]) -> list[str]:
     group = parallel_state.get_pipeline_model_parallel_group()
     box = [names if is_last_stage() else None]
-    torch.distributed.broadcast_object_list(box, src=parallel_state.get_pipeline_model_parallel_last_rank(), group=group)
+    last_rank = parallel_state.get_pipeline_model_parallel_last_rank()
+    torch.distributed.broadcast_object_list(box, src=last_rank, group=group)
     assert box[0] is not None
     return box[0]

@@ -4,9 +4,9 @@ With peak η, minimum η_min = min_lr_fraction · η, W warmup steps and T steps
 uses
 
 - warmup, t < W: η (t + 1) / W;
-- cosine: η_min + (η − η_min) (1 + cos(π (t − W) / (T − W))) / 2 (SGDR, arXiv:1608.03983, eq. 5);
-- wsd, warmup-stable-decay (MiniCPM, arXiv:2404.06395, §4): η until the last D = decay_fraction · T steps, then a straight
-  line down to η_min;
+- cosine: η_min + (η - η_min) (1 + cos(π (t - W) / (T - W))) / 2 (SGDR, arXiv:1608.03983, eq. 5);
+- wsd, warmup-stable-decay (MiniCPM, arXiv:2404.06395, §4): η until the last D = decay_fraction · T steps, then a
+  straight line down to η_min;
 - constant: η.
 """
 

@@ -1,6 +1,6 @@
 """AdamW with decay and no-decay groups.
 
-m ← β₁m + (1 − β₁)g,  v ← β₂v + (1 − β₂)g²,  w ← w − η (m̂ / (√v̂ + ε) + λw) with bias-corrected m̂, v̂ and the decay λ
+m ← β₁m + (1 - β₁)g,  v ← β₂v + (1 - β₂)g²,  w ← w - η (m̂ / (√v̂ + ε) + λw) with bias-corrected m̂, v̂ and the decay λ
 decoupled from the gradient (arXiv:1711.05101, algorithm 2). λ = 0 for tensors of fewer than two dimensions.
 """
 

@@ -32,7 +32,7 @@ LOSS_SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hyster
 
 @dataclass(frozen=True)
 class _Slice:
-    """Where ``numel`` elements from ``start`` of a parameter's flattened shard lie: ``flat[offset : offset + numel]``."""
+    """``flat[offset : offset + numel]`` holds ``numel`` elements, from ``start``, of a parameter's flattened shard."""
 
     name: str
     flat: Tensor
@@ -53,7 +53,8 @@ class TrainingState:
     def __init__(self, engine: ZeroEngine, parameters: Mapping[str, nn.Parameter]) -> None:
         self._optimizer: Any = engine.optimizer
         self._stage = engine.zero_optimization_stage()
-        self._parameters = {name: p for name, p in parameters.items() if p.requires_grad}
+        # Any: DeepSpeed and megatron-core keep what they know of a parameter in attributes of it.
+        self._parameters: dict[str, Any] = {name: p for name, p in parameters.items() if p.requires_grad}
         self._basic: torch.optim.Optimizer = self._optimizer.optimizer
         allocate_state(self._basic, self._flat_tensors())
 
@@ -63,7 +64,7 @@ class TrainingState:
         is_first_shard = parallel_state.get_tensor_model_parallel_rank() == 0
         fragments = []
         for piece in self._slices():
-            parameter = self._parameters[piece.name]
+            parameter: Any = self._parameters[piece.name]
             is_divided = bool(getattr(parameter, "tensor_model_parallel", False))
             for kind, flat in self._tensors(piece.flat):
                 fragments.append(

@@ -66,7 +66,8 @@ class ZeroEngine(DeepSpeedEngine):
     def _backward_prologue(self) -> None:
         # Under pipelining forwards and backwards of several microbatches alternate: what DeepSpeed resets in each
         # forward (engine.py:2992) has to be reset before each backward, else one never reaches its epilogue.
-        self.optimizer.clear_backward_seen_flag()
+        optimizer: Any = self.optimizer
+        optimizer.clear_backward_seen_flag()
         # The schedule scales the loss itself (grad_scale_func); without this engine.py:3205 refuses its backward.
         self._manual_backward_expected = True
         super()._backward_prologue()
