@@ -184,11 +184,13 @@ def run(experiment: Experiment) -> int:
     with StopRequests() as stop:
         if config.train.deterministic:
             determinism.enable()
+        is_world_ours = not dist.is_initialized()
         groups.initialize(config.parallel, seed=config.seed)
         try:
             return _run(experiment, stop)
         finally:
-            groups.destroy()
+            if is_world_ours:
+                groups.destroy()
 
 
 def _run(experiment: Experiment, stop: StopRequests) -> int:
@@ -196,6 +198,7 @@ def _run(experiment: Experiment, stop: StopRequests) -> int:
     console = Console(quiet=dist.get_rank() != 0, highlight=False, soft_wrap=True)
     run_folder = open_run(config)
     corpus = inspect_corpus(config.data, seq_length=seq_length(config))
+    console.print(to_yaml(config).rstrip())
     for line in announcement(experiment, corpus):
         console.print(line)
     token_bytes = read_token_bytes(corpus.tokenizer, config.model.padded_vocab_size)
