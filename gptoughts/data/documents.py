@@ -9,10 +9,11 @@ from __future__ import annotations
 import codecs
 import fnmatch
 import os
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from gptoughts.errors import DataError
 
@@ -168,22 +169,29 @@ def read_rows(file: SourceFile, text_field: str) -> Iterator[list[str]]:
     # It logs what it then raises, and the line here says it once.
     datasets.utils.logging.set_verbosity(datasets.utils.logging.CRITICAL)
     columns = {"columns": [text_field]} if file.row_format == "parquet" else {}
-    try:
-        rows = datasets.load_dataset(file.row_format, data_files=[file.path], split="train", streaming=True, **columns)
-        for table in rows.with_format("arrow").iter(batch_size=_ROWS_PER_READ):
-            if text_field not in table.column_names:
-                raise DataError(
-                    f"input {file.path!r}: no field {text_field!r}; its fields: {', '.join(table.column_names)} "
-                    "(choose with --text_field)"
-                )
-            texts = table.column(text_field).to_pylist()
-            if any(not isinstance(text, str) for text in texts if text is not None):
-                raise DataError(f"input {file.path!r}: field {text_field!r} is not text in every row")
-            yield [text or "" for text in texts]
-    except DataError:
-        raise
-    except Exception as error:  # datasets wraps what pyarrow, gzip and zstandard raise in many types of its own
-        if isinstance(error.__cause__ or error, StopIteration):  # its answer to a file without rows
-            return
-        reason = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
-        raise DataError(f"input {file.path!r}: cannot be read as {file.row_format} ({reason[0]})") from error
+    with tempfile.TemporaryDirectory(prefix="gptoughts-") as cache:  # it makes a folder there, and fills nothing in
+        try:
+            rows = datasets.load_dataset(
+                file.row_format, data_files=[file.path], split="train", streaming=True, cache_dir=cache, **columns
+            )
+            for table in rows.with_format("arrow").iter(batch_size=_ROWS_PER_READ):
+                yield _text_column(table, file, text_field)
+        except DataError:
+            raise
+        except Exception as error:  # datasets wraps what pyarrow, gzip and zstandard raise in many types of its own
+            if isinstance(error.__cause__ or error, StopIteration):  # its answer to a file without rows
+                return
+            reason = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
+            raise DataError(f"input {file.path!r}: cannot be read as {file.row_format} ({reason[0]})") from error
+
+
+def _text_column(table: Any, file: SourceFile, text_field: str) -> list[str]:
+    if text_field not in table.column_names:
+        raise DataError(
+            f"input {file.path!r}: no field {text_field!r}; its fields: {', '.join(table.column_names)} "
+            "(choose with --text_field)"
+        )
+    texts = table.column(text_field).to_pylist()
+    if any(not isinstance(text, str) for text in texts if text is not None):
+        raise DataError(f"input {file.path!r}: field {text_field!r} is not text in every row")
+    return [text or "" for text in texts]
