@@ -12,7 +12,7 @@ from typing import Any
 from gptoughts.config.deepspeed_auto import automatic_values
 from gptoughts.config.deepspeed_keys import BLOCKS, TOP_LEVEL, Kind, Rule
 from gptoughts.config.experiment import ExperimentConfig
-from gptoughts.config.options import did_you_mean
+from gptoughts.config.options import LARGEST, did_you_mean
 
 AUTO = "auto"
 _KINDS: Mapping[Kind, tuple[str, tuple[type, ...]]] = {
@@ -100,8 +100,8 @@ def _check_block(values: Mapping[str, Any], prefix: str, rules: Mapping[str, Rul
             problems.append(f"{label}: {name}={json.dumps(value)}: expected {_KINDS[rule.kind][0]}")
         elif isinstance(value, dict) and name in BLOCKS:
             problems += _check_block(value, f"{name}.", BLOCKS[name], label)
-        elif isinstance(value, int | float) and value < 0:
-            problems.append(f"{label}: {name}={value}: must not be negative")
+        elif isinstance(value, int | float) and not 0 <= value < LARGEST:
+            problems.append(f"{label}: {name}={value}: must be 0 or more, and finite")
     return problems
 
 

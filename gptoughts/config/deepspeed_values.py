@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gptoughts.config.deepspeed_json import AUTO, DeepSpeedJson
-from gptoughts.config.options import did_you_mean
+from gptoughts.config.options import LARGEST, did_you_mean
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ def _block(value: Any, name: str, label: str, problems: list[str]) -> dict[str, 
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, int | float) and not isinstance(value, bool) and -LARGEST < value < LARGEST
 
 
 def _take(

@@ -14,6 +14,9 @@ from jsonargparse import ArgumentParser
 from gptoughts.config.experiment import ExperimentConfig
 from gptoughts.config.model import ModelConfig
 
+LARGEST = 1e18
+"""No count, size or rate is as large; beyond it integers no longer fit their C types."""
+
 
 class PresetLike(Protocol):
     """What the configuration needs to know of ``models.family.Preset``."""

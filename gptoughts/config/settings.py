@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from argparse import ArgumentError
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,11 +13,13 @@ from typing import Any
 import yaml
 from jsonargparse import ArgumentParser, get_loader
 
-from gptoughts.config.options import Option, did_you_mean
+from gptoughts.config.options import LARGEST, Option, did_you_mean
 
 COMMAND_LINE = "command line"
 _SHORT = {"data": "data.train"}
 _PROGRAM_FLAGS = ("help", "config", "dry_run", "local_rank")
+_WRONG_VALUE = (ArgumentError, TypeError, ValueError, OverflowError)
+"""What jsonargparse raises; its text takes many lines, ours takes one."""
 _NUMBER = re.compile(r"-(\d|\.\d)")
 
 
@@ -129,7 +132,7 @@ def check_flags(
     flags: Mapping[str, list[str]], options: Mapping[str, Option], parser: ArgumentParser, problems: list[str]
 ) -> dict[str, Setting]:
     """Typed values of all flags; unknown names and values of a wrong type go to ``problems``."""
-    settings = {}
+    settings: dict[str, Setting] = {}
     for name, words in flags.items():
         option = options.get(name)
         if option is None:
@@ -143,10 +146,10 @@ def check_flags(
             text = json.dumps(words) if option.is_list else words[0]
             try:
                 value = parser.parse_args([f"--{name}={text}"], defaults=False)[name]
-            except Exception as error:
-                _refuse(option, " ".join(words), COMMAND_LINE, error, problems)
+            except _WRONG_VALUE:
+                problems.append(f"{name}={' '.join(words)} (command line): expected {option.expected}")
             else:
-                settings[name] = Setting(value, COMMAND_LINE)
+                _keep(settings, name, Setting(value, COMMAND_LINE), problems)
     return settings
 
 
@@ -154,7 +157,7 @@ def check_leaves(
     leaves: Mapping[str, Any], label: str, options: Mapping[str, Option], parser: ArgumentParser, problems: list[str]
 ) -> dict[str, Setting]:
     """Typed values of a YAML file's leaves; unknown names and values of a wrong type go to ``problems``."""
-    settings = {}
+    settings: dict[str, Setting] = {}
     for name, value in leaves.items():
         option = options.get(name)
         if option is None:
@@ -169,14 +172,17 @@ def check_leaves(
         for part in reversed(name.split(".")):
             nested = {part: nested}
         try:
-            settings[name] = Setting(parser.parse_object(nested, defaults=False)[name], label)
-        except Exception as error:
-            _refuse(option, value, label, error, problems)
+            checked = parser.parse_object(nested, defaults=False)[name]
+        except _WRONG_VALUE:
+            problems.append(f"{option.name}={value} ({label}): expected {option.expected}")
+        else:
+            _keep(settings, name, Setting(checked, label), problems)
     return settings
 
 
-def _refuse(option: Option, value: Any, source: str, error: Exception, problems: list[str]) -> None:
-    # jsonargparse raises ArgumentError for a wrong type; its text is many lines, ours is one
-    if type(error).__name__ not in ("ArgumentError", "ParserError", "TypeError", "ValueError"):
-        raise error
-    problems.append(f"{option.name}={value} ({source}): expected {option.expected}")
+def _keep(settings: dict[str, Setting], name: str, setting: Setting, problems: list[str]) -> None:
+    value = setting.value
+    if isinstance(value, int) and not -LARGEST < value < LARGEST:
+        problems.append(f"{name} ({setting.source}): a number of {len(str(abs(value)))} digits is too large")
+    else:
+        settings[name] = setting

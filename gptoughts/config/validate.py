@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import replace
 
 from gptoughts.config.experiment import ExperimentConfig
+from gptoughts.config.options import LARGEST
+
+SEEDS = 2**31
+"""Seeds that every generator takes, with room for the offsets that ranks add."""
 
 
 def validate(config: ExperimentConfig, sources: Mapping[str, str], *, world_size: int) -> tuple[list[str], int]:
@@ -34,7 +37,7 @@ _AT_LEAST_ONE = (
 )  # fmt: skip
 _POSITIVE = ("parallel.timeout_seconds", "optim.lr", "optim.eps")
 _NOT_NEGATIVE = (
-    "grad_clip", "seed", "optim.warmup_steps", "optim.weight_decay", "train.valid_interval_steps",
+    "grad_clip", "optim.warmup_steps", "optim.weight_decay", "train.valid_interval_steps",
     "checkpoint.interval_steps", "checkpoint.keep_last",
 )  # fmt: skip
 _FRACTIONS = ("optim.min_lr_fraction", "optim.decay_fraction")
@@ -43,9 +46,10 @@ _BELOW_ONE = ("optim.beta1", "optim.beta2")
 
 def _range_problems(config: ExperimentConfig, sources: Mapping[str, str]) -> list[str]:
     checks = (
-        (_AT_LEAST_ONE, lambda v: v >= 1, "must be 1 or more"),
-        (_POSITIVE, lambda v: v > 0 and math.isfinite(v), "must be greater than 0 and finite"),
-        (_NOT_NEGATIVE, lambda v: v >= 0 and math.isfinite(v), "must be 0 or more, and finite"),
+        (_AT_LEAST_ONE, lambda v: 1 <= v < LARGEST, "must be 1 or more"),
+        (_POSITIVE, lambda v: 0 < v < LARGEST, "must be greater than 0 and finite"),
+        (_NOT_NEGATIVE, lambda v: 0 <= v < LARGEST, "must be 0 or more, and finite"),
+        (("seed",), lambda v: 0 <= v < SEEDS, f"from 0 to {SEEDS - 1}"),
         (_FRACTIONS, lambda v: 0 <= v <= 1, "a fraction from 0 to 1"),
         (_BELOW_ONE, lambda v: 0 <= v < 1, "from 0 up to, but not including, 1"),
         (("train.valid_samples",), lambda v: v == -1 or v >= 1, "-1 (all) or 1 and more"),
