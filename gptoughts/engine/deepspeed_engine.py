@@ -171,8 +171,8 @@ class TrainEngine:
 
     def monitor_events(self, events: Sequence[tuple[str, float, int]]) -> None:
         """Write (name, value, step) to the monitors that the JSON switches on. Collective: none."""
-        if self.deepspeed.monitor.enabled:
-            self.deepspeed.monitor.write_events(list(events))
+        if self.deepspeed.event_monitor.enabled:
+            self.deepspeed.event_monitor.write_events(list(events))
 
     def close(self) -> None:
         """Take DeepSpeed's hooks off the model. Collective: none."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Callable, Mapping
+from types import SimpleNamespace
 from typing import Any
 
 import deepspeed
@@ -24,6 +25,9 @@ from gptoughts.platform.device import local_rank
 
 class ZeroEngine(DeepSpeedEngine):
     """Differences to DeepSpeed's engine, each for a reason given at the method (lines of 0.19.8)."""
+
+    event_monitor: Any
+    """The monitors that the JSON switches on."""
 
     def _configure_optimizer(self, client_optimizer: torch.optim.Optimizer, model_parameters: Any) -> None:
         # Stage 0 is ours, see replicated_optimizer.py.
@@ -91,6 +95,10 @@ def build_zero_engine(
         config_class=DeepSpeedConfig(config, mpu),
     )
     restore_init_context()
+    # With caller-owned accumulation its sample counter stays 0, so that engine.step would log at x = 0
+    # (engine.py:3646); events are written with our own step instead.
+    engine.event_monitor = engine.monitor
+    engine.monitor = SimpleNamespace(enabled=False)
     return engine
 
 
