@@ -35,8 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         nargs="?",
         const="comm",
         choices=tuple(_CPU_BUILDERS),
-        help="compile DeepSpeed's CPU operators now (a minute or two each, once per machine), which the first run would "
-        "otherwise wait for: comm (the default) is what every run needs, all adds the offloaded optimizer's",
+        help="compile DeepSpeed's CPU operators now (a minute or two each, once per machine), which the first run "
+        "would otherwise wait for: comm (the default) is what every run needs, all adds the offloaded optimizer's",
     )
     options = parser.parse_args(argv)
     prepare_process()

@@ -24,6 +24,11 @@ def _one_rank() -> Iterator[None]:
     groups.destroy()
 
 
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(11)
+
+
 def attention(mask_type: AttnMaskType = AttnMaskType.causal, **options: object) -> SDPACoreAttention:
     config = TransformerConfig(
         num_layers=1, hidden_size=32, num_attention_heads=4, num_query_groups=2, attention_dropout=0.0
@@ -54,7 +59,7 @@ def future(queries: int, keys: int) -> Tensor:
 @pytest.mark.parametrize("mask_type", [AttnMaskType.causal, AttnMaskType.no_mask])
 @pytest.mark.parametrize("groups_count", [1, 2, 4])
 @pytest.mark.parametrize("v_size", [8, 6])
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
 @pytest.mark.parametrize("s", [5, 300])
 def test_values_and_gradients(
     mask_type: AttnMaskType, groups_count: int, v_size: int, dtype: torch.dtype, tolerance: float, s: int
@@ -68,7 +73,7 @@ def test_values_and_gradients(
     expected_grads = torch.autograd.grad(expected, (q, k, v), direction.double())
     for one, other in zip((found, *found_grads), (expected, *expected_grads), strict=True):
         assert one.dtype is dtype
-        assert ((one.double() - other.double()).abs().max() / other.double().abs().max()).item() < tolerance
+        assert ((one.double() - other.double()).norm() / other.double().norm()).item() < tolerance
 
 
 def test_attention_mask_joins_the_causal_one() -> None:

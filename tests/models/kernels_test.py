@@ -5,12 +5,19 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from gptoughts.models.cross_entropy import cross_entropy
+from gptoughts.models.norms import RMSNorm
 from gptoughts.models.rotary import rotary_table, rotate
 from gptoughts.models.swiglu import swiglu
 from tests.distributed import run_distributed
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(11)
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:
@@ -21,6 +28,23 @@ def test_swiglu_is_silu_of_gate_times_up() -> None:
     x = torch.randn(5, 3, 24, dtype=torch.float64, requires_grad=True)
     assert torch.allclose(swiglu(x), F.silu(x[..., :12]) * x[..., 12:])
     assert torch.autograd.gradcheck(swiglu, (x,))
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
+def test_rms_norm(dtype: torch.dtype, tolerance: float) -> None:
+    norm = RMSNorm(TransformerConfig(num_layers=1, hidden_size=48, num_attention_heads=4), 48, eps=1e-5).to(dtype)
+    with torch.no_grad():
+        norm.weight.uniform_(0.5, 2.0)
+    x = (torch.randn(7, 3, 48) * 3).to(dtype).requires_grad_()
+    direction = torch.randn(7, 3, 48).to(dtype)
+    found = norm(x)
+    reference_x, reference_w = x.detach().double().requires_grad_(), norm.weight.detach().double().requires_grad_()
+    expected = reference_w * reference_x / (reference_x.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+    found_grads = torch.autograd.grad(found, (x, norm.weight), direction)
+    expected_grads = torch.autograd.grad(expected, (reference_x, reference_w), direction.double())
+    for one, other in zip((found, *found_grads), (expected, *expected_grads), strict=True):
+        assert one.dtype is dtype
+        assert relative_error(one.detach(), other.detach()) < tolerance
 
 
 def test_rotate_turns_pairs_by_position() -> None:
