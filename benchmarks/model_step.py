@@ -118,7 +118,9 @@ def compare(precision: str, *, batch_size: int, steps: int, warmup_steps: int) -
         contestants["llama"] = llama_step(torch.float32, autocast=False)
     seconds = measure(contestants, batch_size=batch_size, steps=steps, warmup_steps=warmup_steps)
     tokens = batch_size * SHAPE.seq_length
-    achieved = flops_per_token(FAMILIES["gpt"], SHAPE, seq_length=SHAPE.seq_length) * tokens / seconds["gptoughts"] / 1e12
+    achieved = (
+        flops_per_token(FAMILIES["gpt"], SHAPE, seq_length=SHAPE.seq_length) * tokens / seconds["gptoughts"] / 1e12
+    )
     return {
         "precision": precision,
         "tokens_per_second": {name: round(tokens / value, 1) for name, value in seconds.items()},

@@ -23,7 +23,11 @@ def run(rank: int, *, local: bool = False) -> subprocess.CompletedProcess[str]:
 
     environment = os.environ | {"RANK": str(rank)}
     return subprocess.run(
-        [sys.executable, "-c", PROGRAM.format(local=local)], capture_output=True, text=True, env=environment, check=False
+        [sys.executable, "-c", PROGRAM.format(local=local)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
     )
 
 

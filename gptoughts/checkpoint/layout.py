@@ -189,7 +189,9 @@ def locate(path: Path) -> Path:
     if (path / MANIFEST).is_file():
         return path
     if not path.exists():
-        raise CheckpointError(f"{path}: no such checkpoint; expected a folder like RUN/checkpoints/step_00000100, or a run")
+        raise CheckpointError(
+            f"{path}: no such checkpoint; expected a folder like RUN/checkpoints/step_00000100, or a run"
+        )
     for run in (path, path.parent):
         found = list_checkpoints(run)
         if found and (run == path or path.name == "checkpoints"):

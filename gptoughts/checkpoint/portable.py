@@ -157,9 +157,7 @@ class CheckpointReader:
         """A whole tensor in its global shape, on the CPU."""
         saved = self.describe(name, kind)
         numel = torch.Size(saved.shard_shape).numel()
-        shards = [
-            self.range(name, kind, rank, 0, numel).view(saved.shard_shape) for rank in range(saved.tensor_size)
-        ]
+        shards = [self.range(name, kind, rank, 0, numel).view(saved.shard_shape) for rank in range(saved.tensor_size)]
         return partition.merge(shards, saved.partition_dim, saved.partition_stride)
 
     def fragment(self, wanted: StateFragment, *, tensor_rank: int, tensor_size: int) -> Tensor:
@@ -204,7 +202,9 @@ class CheckpointReader:
         problems += [f"{self.folder}: has {name!r}, which this model does not have" for name in sorted(there - here)]
         kinds = {(fragment.name, fragment.kind) for fragment in fragments}
         problems += [
-            f"{self.folder}: has no {kind} of {name!r}" for name, kind in sorted(kinds) if (name, kind) not in self._tensors
+            f"{self.folder}: has no {kind} of {name!r}"
+            for name, kind in sorted(kinds)
+            if (name, kind) not in self._tensors
         ]
         if problems:
             raise CheckpointError(sorted(set(problems)))

@@ -136,7 +136,7 @@ def _scheduler(found: DeepSpeedJson, problems: list[str]) -> dict[str, JsonValue
     if params.get("warmup_type", "log") not in ("linear", AUTO):
         problems.append(
             f"{label}: scheduler.params.warmup_type={params.get('warmup_type', 'log')} (DeepSpeed's default is log) is "
-            "refused: the warmup is linear; write \"linear\""
+            'refused: the warmup is linear; write "linear"'
         )
     for key, value in params.items():
         where = f"scheduler.params.{key}"

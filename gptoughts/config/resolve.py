@@ -55,9 +55,7 @@ def preset_values(preset: PresetLike) -> dict[str, Any]:
     return values | {"optim.lr": preset.lr, "batch_size": preset.batch_size}
 
 
-def contradictions(
-    explicit: Mapping[str, Setting], json_values: Mapping[str, JsonValue], label: str
-) -> list[str]:
+def contradictions(explicit: Mapping[str, Setting], json_values: Mapping[str, JsonValue], label: str) -> list[str]:
     """A line for each flag or YAML value that differs from a concrete value in the JSON."""
     problems = []
     for name, setting in explicit.items():

@@ -89,7 +89,7 @@ class TrainEngine:
         parameter_names: Mapping[str, nn.Parameter],
         seq_length: int = 1,
     ) -> None:
-        self.chunks = list(chunks)
+        self.chunks: Sequence[nn.Module] = list(chunks)
         self.zero_stage = zero_stage(deepspeed_json)
         self._forward_step = forward_step
         self._parameters = dict(parameter_names)

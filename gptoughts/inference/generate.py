@@ -19,7 +19,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--checkpoint", type=Path, required=True, help="a run's folder (its newest checkpoint), or one")
     parser.add_argument("--prompt", required=True, help="text to continue")
     parser.add_argument("--max_new_tokens", type=int, default=128, help="tokens to add at the most")
-    parser.add_argument("--temperature", type=float, default=0.8, help="divides the logits; 0 takes the likeliest token")
+    parser.add_argument(
+        "--temperature", type=float, default=0.8, help="divides the logits; 0 takes the likeliest token"
+    )
     parser.add_argument("--top_k", type=int, default=0, help="draw among the k likeliest tokens only; 0: among all")
     parser.add_argument("--seed", type=int, default=0, help="seeds the draws")
     return parser

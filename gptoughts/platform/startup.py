@@ -9,9 +9,12 @@ import warnings
 import torch
 
 _UNNEEDED_WARNINGS = (
-    # megatron-core 0.16.1: optimizer/__init__.py:24 and others, on every machine without both; tools/doctor.py says it once.
+    # megatron-core 0.16.1, optimizer/__init__.py:24 and others; tools/doctor.py says it once.
     (".*Transformer Engine and Apex are not installed.*", UserWarning),
     (".*Apex is not installed.*", UserWarning),
+    # transformer_config.py:1705 warns of its own default; torch 2.13 warns of names that DeepSpeed 0.19.8 still calls.
+    (".*full scope is deprecated.*", UserWarning),
+    (".*`torch.distributed.*` is deprecated.*", FutureWarning),
 )
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from gptoughts.engine.interface import Engine
@@ -27,11 +28,21 @@ class ValidationResult:
     num_tokens: float
 
 
+class SampleSet(Protocol):
+    """A finite set of samples, each int64 [s + num_extra_tokens]."""
+
+    def __len__(self) -> int:
+        """Number of samples."""
+
+    def __getitem__(self, index: int) -> NDArray[np.int64]:
+        """One sample."""
+
+
 class Validator:
     """Evaluates a fixed set of samples.
 
     Args:
-        samples: Validation samples, each int64 [s + num_extra_tokens]; indexable.
+        samples: Validation samples.
         num_samples: How many of them count; -1: all.
         objective: Turns rows into microbatches.
         batch_size: Samples per microbatch.
@@ -41,7 +52,7 @@ class Validator:
 
     def __init__(
         self,
-        samples: Sequence[np.ndarray],
+        samples: SampleSet,
         num_samples: int,
         *,
         objective: Objective,

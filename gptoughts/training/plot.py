@@ -94,7 +94,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """``tools/plot_run.py``."""
     parser = argparse.ArgumentParser(description="Draw the loss curves of one or several runs into one PNG.")
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder, or its metrics.jsonl")
-    parser.add_argument("--x", choices=list(X_AXES), default="tokens", help="the horizontal axis (default: %(default)s)")
+    parser.add_argument(
+        "--x", choices=list(X_AXES), default="tokens", help="the horizontal axis (default: %(default)s)"
+    )
     parser.add_argument("--output", type=Path, help="PNG to write (default: loss.png in the first run's folder)")
     arguments = parser.parse_args(argv)
     first: Path = arguments.runs[0]

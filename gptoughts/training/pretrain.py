@@ -20,9 +20,15 @@ def inspect(config: ExperimentConfig) -> Inspection:
     """Look at what the configuration names on disk: corpus, tokenizer, output folder, checkpoint."""
     problems: list[str] = []
     vocab_size: int | None = None
-    if config.data.train or config.data.tokenizer:
+    if config.data.train:
         try:
-            vocab_size = inspect_corpus(config.data, seq_length=config.block_size or config.model.seq_length).vocab_size
+            corpus = inspect_corpus(config.data, seq_length=config.block_size or config.model.seq_length)
+            vocab_size = corpus.vocab_size
+            if vocab_size is None and corpus.max_token_id >= config.model.vocab_size:
+                problems.append(
+                    f"model.vocab_size={config.model.vocab_size}: the corpus, which names no tokenizer, holds token id "
+                    f"{corpus.max_token_id}; name it with --data.tokenizer, or set --model.vocab_size"
+                )
         except DataError as error:
             problems += error.problems
     try:
@@ -67,6 +73,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     from gptoughts.platform.startup import prepare_process
 
     prepare_process()
-    from gptoughts.training.setup import run
+    from gptoughts.training.run import run
 
     return run(experiment)

@@ -84,7 +84,7 @@ class StopRequests:
         else:
             return
         if not self._done.wait(self._grace_seconds):
-            # Peers may be gone too, and a collective would wait for them until its timeout: no rank outlives its launcher.
+            # Peers may be gone too, and a collective would wait for them until its timeout.
             os._exit(1)
 
 

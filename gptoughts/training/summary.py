@@ -45,7 +45,9 @@ def print_summary(experiment: Experiment, family: Family) -> None:
     print("\n# cost")
     print(f"parameters                {count.total:,} ({count.embedding:,} in the embedding)")
     print(f"FLOPs per token           {flops:,} (forward and backward, sequence of {sequence})")
-    print(f"samples per step          {experiment.samples_per_step} ({experiment.samples_per_step * sequence:,} tokens)")
+    print(
+        f"samples per step          {experiment.samples_per_step} ({experiment.samples_per_step * sequence:,} tokens)"
+    )
     print(f"ranks                     tensor {config.parallel.tensor} x data {experiment.data_parallel_size}")
     for name, num_bytes in memory.items():
         print(f"{name + ' per rank':<25} {num_bytes / _MIB:,.1f} MiB")

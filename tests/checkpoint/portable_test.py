@@ -107,7 +107,7 @@ def test_names_that_one_side_lacks_are_all_listed(tmp_path: Path) -> None:
 def test_a_hole_is_noticed(tmp_path: Path) -> None:
     reader = save(tmp_path, 1, 2)
     reader._pieces["matrix", "weight", 0].pop()
-    with pytest.raises(CheckpointError, match="matrix .* lacks elements 24 to 48"):
+    with pytest.raises(CheckpointError, match=r"matrix .* lacks elements 24 to 48"):
         reader.full("matrix")
 
 
@@ -115,5 +115,5 @@ def test_no_safetensors_is_named(tmp_path: Path) -> None:
     reader = save(tmp_path, 1, 1)
     file = reader.folder / layout.shard_file(0)
     file.write_bytes(b"not a tensor file")
-    with pytest.raises(CheckpointError, match="rank_00000.safetensors: cannot be read"):
+    with pytest.raises(CheckpointError, match=r"rank_00000\.safetensors: cannot be read"):
         CheckpointReader(reader.folder)

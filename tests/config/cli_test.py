@@ -98,9 +98,7 @@ def test_all_problems_come_together(tmp_path: Path) -> None:
         f"batch_size=8 (command line) contradicts train_micro_batch_size_per_gpu=4 in {json_path}; "
         'set one to "auto"' in found
     )
-    assert (
-        "parallel.tensor=3 (command line): num_attention_heads=8 is not divisible by 3; allowed: 1, 2, 4, 8" in found
-    )
+    assert "parallel.tensor=3 (command line): num_attention_heads=8 is not divisible by 3; allowed: 1, 2, 4, 8" in found
     assert f"{yaml_path}: unknown name 'optim.beta3'; did you mean 'optim.beta" in text
     assert f"seed=many ({yaml_path}): expected an integer" in found
     assert "train.steps=0.5 (command line): expected an integer" in found

@@ -285,7 +285,7 @@ def test_refusals(refused, values: Any, part: str) -> None:
 
 @pytest.mark.parametrize("key", sorted(k for k, rule in TOP_LEVEL.items() if rule.action == "refused"))
 def test_refused_keys_give_their_reason_and_pass_where_they_ask_for_nothing(refused, load, key: str) -> None:
-    assert f"{key}=\"yes\" is refused: {TOP_LEVEL[key].note}" in refused({key: "yes"})
+    assert f'{key}="yes" is refused: {TOP_LEVEL[key].note}' in refused({key: "yes"})
     off = load({key: {"enabled": False}})
     assert off.deepspeed.get(key) in (None, False)  # only managed_gradient_accumulation is set, by us
 

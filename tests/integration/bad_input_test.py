@@ -61,7 +61,11 @@ def test_flags(data: Path, arguments: list[str], world_size: int, expected: list
 @pytest.mark.parametrize(
     ("content", "arguments", "expected"),
     [
-        ({"gradient_acumulation_steps": 2}, [], ["gradient_acumulation_steps", "gradient_accumulation_steps", "ds.json"]),
+        (
+            {"gradient_acumulation_steps": 2},
+            [],
+            ["gradient_acumulation_steps", "gradient_accumulation_steps", "ds.json"],
+        ),
         ({"train_micro_batch_size_per_gpu": 4}, [], ["batch_size=2", "train_micro_batch_size_per_gpu=4", "ds.json"]),
         ({"zero_optimization": {"stage": 7}}, [], ["stage", "7", "ds.json"]),
     ],

@@ -61,9 +61,7 @@ def test_rotate_turns_pairs_by_position() -> None:
 def test_rotary_scores_depend_on_distance_alone() -> None:
     q, k = torch.randn(2, 1, 1, 1, 16, dtype=torch.float64)
     table = rotary_table(64, 16, 10000.0, torch.float64)
-    scores = [
-        (rotate(q, table[:, p : p + 1]) * rotate(k, table[:, p - 5 : p - 4])).sum().item() for p in (5, 20, 63)
-    ]
+    scores = [(rotate(q, table[:, p : p + 1]) * rotate(k, table[:, p - 5 : p - 4])).sum().item() for p in (5, 20, 63)]
     assert scores == pytest.approx([scores[0]] * 3)
 
 
