@@ -44,19 +44,12 @@ class _CoreCall:
     ) -> Tensor:
         if packed is not None:
             query, key, value = (x.squeeze(1) for x in (query, key, value))
+        mask_type = self.attn_mask_type  # type: ignore[attr-defined]
         if self.checkpoint_core_attention and self.training:  # type: ignore[attr-defined]
-            out = self._checkpointed_attention_forward(  # type: ignore[attr-defined]
-                query, key, value, mask, attn_mask_type=self.attn_mask_type, packed_seq_params=packed  # type: ignore[attr-defined]
-            )
+            attend = self._checkpointed_attention_forward  # type: ignore[attr-defined]
         else:
-            out = self.core_attention(  # type: ignore[attr-defined]
-                query,
-                key,
-                value,
-                mask,
-                attn_mask_type=self.attn_mask_type,  # type: ignore[attr-defined]
-                packed_seq_params=packed,
-            )
+            attend = self.core_attention  # type: ignore[attr-defined]
+        out = attend(query, key, value, mask, attn_mask_type=mask_type, packed_seq_params=packed)
         return out.reshape(out.size(0), 1, -1) if packed is not None else out
 
 

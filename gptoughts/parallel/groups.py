@@ -17,6 +17,8 @@ from gptoughts.platform import device, mcore_cpu
 logger = logging.getLogger(__name__)
 
 _REPLICA_SEED_STRIDE = 1_000_003
+_MODEL_PARALLEL_GROUPS: list[dist.ProcessGroup] = []
+"""What megatron-core made for the present layout."""
 
 
 def initialize(parallel: ParallelConfig, *, seed: int) -> None:
@@ -47,14 +49,15 @@ def initialize(parallel: ParallelConfig, *, seed: int) -> None:
             f"parallel.tensor={parallel.tensor} x parallel.pipeline={parallel.pipeline}: the world size "
             f"{dist.get_world_size()} is not divisible by {model_ranks}"
         )
-    if parallel_state.model_parallel_is_initialized():
-        parallel_state.destroy_model_parallel()
+    _destroy_model_parallel()
+    before = _existing_groups()
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
         distributed_timeout_minutes=math.ceil(parallel.timeout_seconds / 60),
         create_gloo_process_groups=device.is_cuda(),
     )
+    _MODEL_PARALLEL_GROUPS.extend(_existing_groups() - before)
     seed_ranks(seed)
 
 
@@ -78,12 +81,26 @@ def seed_ranks(seed: int) -> None:
 
 def destroy() -> None:
     """Take down megatron-core's groups and the world. Collective: every rank of the world."""
+    _destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _existing_groups() -> set[dist.ProcessGroup]:
+    return set(dist.distributed_c10d._world.pg_map)
+
+
+def _destroy_model_parallel() -> None:
+    """Take down megatron-core's groups; its own destroy_model_parallel forgets them and leaves their sockets open."""
     from megatron.core import parallel_state
 
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    existing = _existing_groups() if dist.is_initialized() else set()
+    for group in _MODEL_PARALLEL_GROUPS:
+        if group in existing:
+            dist.destroy_process_group(group)
+    _MODEL_PARALLEL_GROUPS.clear()
 
 
 def _initialize_world(timeout_seconds: float) -> None:
