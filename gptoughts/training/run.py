@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch.distributed as dist
@@ -34,12 +35,15 @@ from gptoughts.training.setup import (
     seq_length,
 )
 from gptoughts.training.signals import StopRequests
-from gptoughts.training.trainer import Trainer, TrainState
+from gptoughts.training.trainer import Callback, Trainer, TrainState
 
 
-def run(experiment: Experiment) -> int:
+def run(experiment: Experiment, *, extra_callbacks: Sequence[Callback] = ()) -> int:
     """Train as configured; returns the exit status.
 
+    Args:
+        experiment: What to do.
+        extra_callbacks: Run after our own, on every rank.
     Raises:
         GptoughtsError: whatever the user can mend.
     Collective: every rank of the world.
@@ -52,13 +56,13 @@ def run(experiment: Experiment) -> int:
         is_world_ours = not dist.is_initialized()
         groups.initialize(config.parallel, seed=config.seed)
         try:
-            return _run(experiment, stop)
+            return _run(experiment, stop, extra_callbacks)
         finally:
             if is_world_ours:
                 groups.destroy()
 
 
-def _run(experiment: Experiment, stop: StopRequests) -> int:
+def _run(experiment: Experiment, stop: StopRequests, extra_callbacks: Sequence[Callback]) -> int:
     config = experiment.config
     console = Console(quiet=dist.get_rank() != 0, highlight=False, soft_wrap=True)
     run_folder = open_run(config)
@@ -94,7 +98,7 @@ def _run(experiment: Experiment, stop: StopRequests) -> int:
         samples_per_step=experiment.samples_per_step,
         sequence_length_tokens=seq_length(config),
         stop_requested=lambda: stop.is_requested,
-        callbacks=callbacks,
+        callbacks=[*callbacks, *extra_callbacks],
     )
     if state.step >= trainer.last_step:
         console.print(f"all {state.step} steps are done already; a larger --train.steps extends the run")
