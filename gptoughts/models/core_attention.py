@@ -119,9 +119,7 @@ class SDPACoreAttention(MegatronModule):
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
         dropout = self.dropout if self.training else 0.0
         if mask is None and dropout == 0.0 and tiled_attention.supports(query, key):
-            return tiled_attention.tiled_attention(
-                query, key, value, scale=self.softmax_scale, is_causal=is_causal
-            )
+            return tiled_attention.tiled_attention(query, key, value, scale=self.softmax_scale, is_causal=is_causal)
         v_channels = value.size(-1)
         if v_channels < query.size(-1):
             # The fused CPU kernel wants equal head sizes (the fallback is 1.4 times slower and keeps [s, s] scores);

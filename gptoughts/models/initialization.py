@@ -79,4 +79,3 @@ def partition_of(parameter: Tensor) -> tuple[int | None, int]:
     if not getattr(parameter, "tensor_model_parallel", False):
         return None, 1
     return int(parameter.partition_dim), int(parameter.partition_stride)  # type: ignore[attr-defined]
-

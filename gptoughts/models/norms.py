@@ -78,4 +78,3 @@ def mark_partial_gradients(module: nn.Module) -> None:
 def norm_class(normalization: str) -> type[nn.Module]:
     """The class for ``TransformerConfig.normalization``."""
     return {"RMSNorm": RMSNorm, "LayerNorm": LayerNorm}[normalization]
-
