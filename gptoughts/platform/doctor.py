@@ -11,10 +11,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from gptoughts.errors import GptoughtsError, PlatformError
+from gptoughts.platform.extension_locks import clear_stale_locks
 from gptoughts.platform.startup import prepare_process
 from gptoughts.platform.versions import MCORE_VERSION_RANGE, installed_version, megatron_core_version
 
-_PACKAGES = ("torch", "deepspeed", "megatron-core", "transformers", "transformer-engine", "ninja")
+_PACKAGES = ("torch", "deepspeed", "megatron-core", "transformers", "ninja")
+_OPTIONAL_PACKAGES = {
+    "transformer-engine": "fused layers and FP8 on GPUs of compute capability 8.9 or newer",
+    "apex": "nothing that this project needs: megatron-core falls back to torch",
+    "mpi4py": "nothing yet: ranks find each other through the environment of a launcher (deepspeed, torchrun)",
+    "wandb": "the JSON's wandb monitor",
+    "tensorboard": "the JSON's tensorboard monitor",
+}
 _CPU_BUILDERS = {"comm": ("ShareMemCommBuilder",), "all": ("ShareMemCommBuilder", "CPUAdamBuilder")}
 
 
@@ -72,6 +80,7 @@ def build_ops(which: str = "comm") -> list[Finding]:
     from deepspeed.accelerator import get_accelerator
 
     _put_ninja_on_path()
+    clear_stale_locks()
     findings = []
     for name in _CPU_BUILDERS[which]:
         started = time.perf_counter()
@@ -91,7 +100,10 @@ def build_ops(which: str = "comm") -> list[Finding]:
 def _check_packages() -> list[Finding]:
     findings = [Finding("python", f"{platform.python_version()} ({sys.executable})")]
     for package in _PACKAGES:
-        findings.append(Finding(package, installed_version(package) or "not installed"))
+        found = installed_version(package)
+        findings.append(Finding(package, found or "not installed", is_problem=found is None))
+    for package, adds in _OPTIONAL_PACKAGES.items():
+        findings.append(Finding(package, installed_version(package) or f"not installed (optional); would add: {adds}"))
     return findings
 
 

@@ -20,6 +20,7 @@ from gptoughts.models.flops import count_parameters
 from gptoughts.models.registry import FAMILIES
 from gptoughts.parallel import groups
 from gptoughts.platform import determinism, device
+from gptoughts.platform.extension_locks import clear_stale_locks
 from gptoughts.training.callbacks import ValidationCallback
 from gptoughts.training.metrics import METRICS_FILE
 from gptoughts.training.plot import draw_runs
@@ -50,6 +51,8 @@ def run(experiment: Experiment, *, extra_callbacks: Sequence[Callback] = ()) -> 
     """
     config = experiment.config
     check_device(config)
+    if not device.is_cuda():
+        clear_stale_locks()
     with StopRequests() as stop:
         if config.train.deterministic:
             determinism.enable()
