@@ -56,6 +56,32 @@ def our_step(dtype: torch.dtype) -> Step:
     return step
 
 
+def our_training_step(dtype: torch.dtype) -> Step:
+    """One update of our model with the Trainer's arithmetic: fp32 masters and moments, clipping at norm 1."""
+    from gptoughts.models.gpt.model import build_model
+
+    model = build_model(ExperimentConfig(model=SHAPE), params_dtype=dtype)
+    weights = list(model.parameters())
+    masters = weights if dtype == torch.float32 else [torch.nn.Parameter(w.detach().float()) for w in weights]
+    optimizer = torch.optim.AdamW(masters, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+
+    def step(tokens: torch.Tensor) -> float:
+        loss = model(tokens[:, :-1], None, None, tokens[:, 1:]).mean()
+        loss.backward()
+        if masters is not weights:
+            for master, weight in zip(masters, weights, strict=True):
+                master.grad, weight.grad = weight.grad.float(), None
+        torch.nn.utils.clip_grad_norm_(masters, 1.0)
+        optimizer.step()
+        if masters is not weights:
+            with torch.no_grad():
+                torch._foreach_copy_(weights, masters)
+        optimizer.zero_grad(set_to_none=True)
+        return loss.item()
+
+    return step
+
+
 def llama_step(dtype: torch.dtype, *, autocast: bool) -> Step:
     """One update of transformers' model with weights in ``dtype``, its loss as its users call it."""
     from transformers import LlamaConfig, LlamaForCausalLM

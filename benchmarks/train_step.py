@@ -2,9 +2,13 @@
 
     python -m benchmarks.train_step --precision both --zero_stage 0
 
-A callback behind the Trainer's own runs one step of each peer after every step, so all of them see the same machine at
-the same time. The Trainer's time is all that passes between its turns: data, step, metrics, progress. Medians count;
-a ratio above 1 means that the Trainer is faster than that peer.
+Our own bare loop has the Trainer's arithmetic (fp32 masters and moments, clipping); transformers' loops clip nothing, and
+the one with bf16 weights keeps no masters.
+
+Every contestant has a process of its own, as its users have: the Trainer with all that the launcher sets up, the peers
+a plain torch process. They take turns: a callback behind the Trainer's own has each peer run one step after every step,
+so all of them see the same machine at the same time. The Trainer's time is all that passes between its turns: data,
+step, metrics, progress. Medians count; a ratio above 1 means that the Trainer is faster than that peer.
 """
 
 from __future__ import annotations
@@ -17,55 +21,96 @@ import subprocess
 import sys
 import tempfile
 import time
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.multiprocessing as mp
 
 from benchmarks.corpus import random_corpus
-from benchmarks.model_step import SHAPE, Step, llama_step, our_step
+from benchmarks.model_step import SHAPE, llama_step, our_training_step
 from gptoughts.config.cli import load_experiment
+from gptoughts.config.experiment import ParallelConfig
 from gptoughts.config.resolve import Experiment
 from gptoughts.models.flops import flops_per_token
 from gptoughts.models.registry import FAMILIES
+from gptoughts.parallel import groups
 from gptoughts.platform import device
 from gptoughts.platform.startup import prepare_process
 from gptoughts.training.run import run
 from gptoughts.training.trainer import Callback, StepReport, Trainer
 
 OURS = "gptoughts Trainer"
+OUR_LOOP = "gptoughts, bare loop"
+LLAMA = "llama, fp32 weights, bare loop"
+LLAMA_BF16 = "llama, bf16 weights, bare loop"
+
+
+def serve_steps(name: str, precision: str, threads: int, batch_size: int, pipe: Connection) -> None:
+    """A peer's process: one step, timed, for every message."""
+    torch.set_num_threads(threads)
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    if name == OUR_LOOP:
+        prepare_process()
+        torch.set_num_threads(threads)
+        groups.initialize(ParallelConfig(), seed=1234)
+        step = our_training_step(dtype)
+    elif name == LLAMA:
+        step = llama_step(torch.float32, autocast=precision == "bf16")
+    else:
+        step = llama_step(torch.bfloat16, autocast=False)
+    generator = torch.Generator().manual_seed(0)
+    pipe.send(0.0)  # ready
+    while pipe.recv():
+        tokens = torch.randint(0, SHAPE.vocab_size, (batch_size, SHAPE.seq_length + 1), generator=generator)
+        tokens = tokens.to(device.current_device())
+        device.synchronize()
+        started = time.perf_counter()
+        step(tokens)
+        device.synchronize()
+        pipe.send(time.perf_counter() - started)
 
 
 class PeersAfterEachStep(Callback):
-    """Takes the Trainer's time and runs one step of each peer after each of its steps."""
+    """Takes the Trainer's time and has each peer run one step after each of its steps."""
 
-    def __init__(self, peers: dict[str, Step], batch_size: int, warmup_steps: int) -> None:
+    def __init__(self, peers: dict[str, Connection], warmup_steps: int) -> None:
         self._peers = peers
-        self._batch_size = batch_size
         self._warmup_steps = warmup_steps
-        self._generator = torch.Generator().manual_seed(0)
         self._resumed = 0.0
         self.seconds: dict[str, list[float]] = {name: [] for name in (OURS, *peers)}
         self.data_seconds: list[float] = []
+        self.step_seconds: list[float] = []
 
     def on_train_start(self, trainer: Trainer) -> None:
         self._resumed = time.perf_counter()
 
     def on_step_end(self, trainer: Trainer, report: StepReport) -> None:
         times = {OURS: time.perf_counter() - self._resumed}
-        shape = (self._batch_size, SHAPE.seq_length + 1)
-        tokens = torch.randint(0, SHAPE.vocab_size, shape, generator=self._generator).to(device.current_device())
-        for name, step in self._peers.items():
-            device.synchronize()
-            started = time.perf_counter()
-            step(tokens)
-            device.synchronize()
-            times[name] = time.perf_counter() - started
+        for name, pipe in self._peers.items():
+            pipe.send(True)
+            times[name] = pipe.recv()
         if trainer.state.step > self._warmup_steps:
             for name, seconds in times.items():
                 self.seconds[name].append(seconds)
             self.data_seconds.append(report.data_seconds)
+            self.step_seconds.append(report.step_seconds)
         self._resumed = time.perf_counter()
+
+
+def start_peers(precision: str, batch_size: int) -> dict[str, Connection]:
+    """One process per peer."""
+    names = [LLAMA, OUR_LOOP] + ([LLAMA_BF16] if precision == "bf16" else [])
+    context = mp.get_context("spawn")
+    pipes = {}
+    for name in names:
+        pipes[name], theirs = context.Pipe()
+        arguments = (name, precision, torch.get_num_threads(), batch_size, theirs)
+        context.Process(target=serve_steps, args=arguments, daemon=True).start()
+    for pipe in pipes.values():
+        pipe.recv()
+    return pipes
 
 
 def experiment(precision: str, zero_stage: int, batch_size: int, steps: int, folder: Path) -> Experiment:
@@ -79,7 +124,7 @@ def experiment(precision: str, zero_stage: int, batch_size: int, steps: int, fol
         f"--model.num_layers={SHAPE.num_layers}", f"--model.hidden_size={SHAPE.hidden_size}",
         f"--model.ffn_hidden_size={SHAPE.ffn_hidden_size}", f"--model.num_attention_heads={SHAPE.num_attention_heads}",
         f"--model.vocab_size={SHAPE.vocab_size}", f"--train.steps={steps}", "--checkpoint.interval_steps=0",
-        "--log.plot=false", "--log.interval_steps=1",
+        "--log.plot=false",
     ]  # fmt: skip
     return load_experiment(arguments, FAMILIES, world_size=1)
 
@@ -87,15 +132,10 @@ def experiment(precision: str, zero_stage: int, batch_size: int, steps: int, fol
 def compare(precision: str, zero_stage: int, batch_size: int, steps: int, warmup_steps: int) -> dict[str, Any]:
     """Tokens per second of each contestant and the Trainer's ratio to each peer."""
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    peak = device.peak_tflops(dtype)  # while nothing else runs; kept for the run
+    callback = PeersAfterEachStep(start_peers(precision, batch_size), warmup_steps)
     with tempfile.TemporaryDirectory() as folder:
         plan = experiment(precision, zero_stage, batch_size, warmup_steps + steps, Path(folder))
-        peers = {"llama, fp32 weights, bare loop": llama_step(torch.float32, autocast=precision == "bf16")}
-        if precision == "bf16":
-            peers["llama, bf16 weights, bare loop"] = llama_step(torch.bfloat16, autocast=False)
-        callback = PeersAfterEachStep(peers, batch_size, warmup_steps)
-        # Our own bare loop needs the groups that the run makes, so it is built at the first step.
-        callback._peers["gptoughts, bare loop"] = _built_late(dtype)
-        callback.seconds["gptoughts, bare loop"] = []
         run(plan, extra_callbacks=[callback])
     medians = {name: statistics.median(values) for name, values in callback.seconds.items()}
     tokens = batch_size * SHAPE.seq_length
@@ -106,20 +146,10 @@ def compare(precision: str, zero_stage: int, batch_size: int, steps: int, warmup
         "zero_stage": zero_stage,
         "tokens_per_second": {name: round(tokens / value) for name, value in medians.items()},
         "ratio_to": {name: round(value / medians[OURS], 3) for name, value in medians.items() if name != OURS},
+        "step_fraction": round(statistics.median(callback.step_seconds) / medians[OURS], 5),
         "data_fraction": round(statistics.median(callback.data_seconds) / medians[OURS], 5),
-        "fraction_of_matrix_product_rate": round(achieved / device.peak_tflops(dtype), 3),
+        "fraction_of_matrix_product_rate": round(achieved / peak, 3),
     }
-
-
-def _built_late(dtype: torch.dtype) -> Step:
-    built: list[Step] = []
-
-    def step(tokens: torch.Tensor) -> float:
-        if not built:
-            built.append(our_step(dtype))
-        return built[0](tokens)
-
-    return step
 
 
 def main() -> None:

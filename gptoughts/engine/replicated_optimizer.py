@@ -59,6 +59,7 @@ class ReplicatedOptimizer:
             self.parameters.extend(group["params"])
             self.masters.extend(masters)
             group["params"] = masters
+        self._is_fused = all(group.get("fused") for group in self.optimizer.param_groups)
         self._copies = [(p, m) for p, m in zip(self.parameters, self.masters, strict=True) if p is not m]
         for parameter, master in self._copies:
             parameter.register_post_accumulate_grad_hook(_fp32_accumulator(master))
@@ -95,10 +96,19 @@ class ReplicatedOptimizer:
         factor = 1.0 / scale
         if self.clip_grad > 0:
             factor *= min(1.0, self.clip_grad / (norm + CLIP_EPS))
-        if factor != 1.0:
+        self._update(gradients, factor)
+        self.refresh_parameters()
+
+    def _update(self, gradients: Sequence[Tensor], factor: float) -> None:
+        """One step of the basic optimizer on ``factor`` times the gradients."""
+        if factor != 1.0 and self._is_fused:
+            # torch's fused AdamW divides by grad_scale on its way (torch/optim/adamw.py): a pass over memory less.
+            self.optimizer.grad_scale = torch.tensor(1.0 / factor, device=gradients[0].device)  # type: ignore[attr-defined]
+        elif factor != 1.0:
             torch._foreach_mul_(gradients, factor)
         self.optimizer.step()
-        self.refresh_parameters()
+        if self._is_fused:
+            self.optimizer.grad_scale = None  # type: ignore[attr-defined]
 
     @torch.no_grad()
     def refresh_parameters(self) -> None:

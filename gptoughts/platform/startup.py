@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
+import sys
 import warnings
 
 import torch
@@ -16,6 +18,10 @@ _UNNEEDED_WARNINGS = (
     (".*full scope is deprecated.*", UserWarning),
     (".*`torch.distributed.*` is deprecated.*", FutureWarning),
 )
+# malloc.h of glibc.
+_M_TRIM_THRESHOLD = -1
+_M_MMAP_MAX = -4
+_NEVER_BYTES = 2**31 - 1
 
 
 def prepare_process() -> None:
@@ -31,8 +37,24 @@ def prepare_process() -> None:
     os.environ.setdefault("DS_LOG_LEVEL", "warning" if is_first else "error")
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        keep_freed_memory()
         if "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(max(1, _cores() // _ranks_on_this_host()))
+
+
+def keep_freed_memory() -> bool:
+    """Let glibc keep and reuse freed memory instead of handing large blocks back; returns whether it did.
+
+    A training step on a CPU allocates and frees the same large activations over and over. By default glibc maps each
+    block above 32 MB afresh, and the kernel then clears its pages one fault at a time: several percent of a step.
+    ``MALLOC_`` variables that the user has set stay.
+    """
+    if not sys.platform.startswith("linux") or any(name.startswith("MALLOC_") for name in os.environ):
+        return False
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None:
+        return False
+    return bool(mallopt(_M_MMAP_MAX, 0) and mallopt(_M_TRIM_THRESHOLD, _NEVER_BYTES))
 
 
 def _ranks_on_this_host() -> int:
