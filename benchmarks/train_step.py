@@ -2,8 +2,8 @@
 
     python -m benchmarks.train_step --precision both --zero_stage 0
 
-Our own bare loop has the Trainer's arithmetic (fp32 masters and moments, clipping); transformers' loops clip nothing, and
-the one with bf16 weights keeps no masters.
+Our own bare loop has the Trainer's arithmetic (fp32 masters and moments, clipping); transformers' loops clip nothing,
+and the one with bf16 weights keeps no masters.
 
 Every contestant has a process of its own, as its users have: the Trainer with all that the launcher sets up, the peers
 a plain torch process. They take turns: a callback behind the Trainer's own has each peer run one step after every step,

@@ -105,7 +105,7 @@ class ReplicatedOptimizer:
             # torch's fused AdamW divides by grad_scale on its way (torch/optim/adamw.py): a pass over memory less.
             self.optimizer.grad_scale = torch.tensor(1.0 / factor, device=gradients[0].device)  # type: ignore[attr-defined]
         elif factor != 1.0:
-            torch._foreach_mul_(gradients, factor)
+            torch._foreach_mul_(list(gradients), factor)
         self.optimizer.step()
         if self._is_fused:
             self.optimizer.grad_scale = None  # type: ignore[attr-defined]
