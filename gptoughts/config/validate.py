@@ -33,11 +33,11 @@ def _model_problems(config: ExperimentConfig, sources: Mapping[str, str]) -> lis
 
 
 _AT_LEAST_ONE = (
-    "block_size", "parallel.tensor", "parallel.pipeline", "data.prefetch_steps", "log.interval_steps", "train.steps",
+    "block_size", "parallel.tensor", "parallel.pipeline", "log.interval_steps", "train.steps",
 )  # fmt: skip
 _POSITIVE = ("parallel.timeout_seconds", "optim.lr", "optim.eps")
 _NOT_NEGATIVE = (
-    "grad_clip", "optim.warmup_steps", "optim.weight_decay", "train.valid_interval_steps",
+    "grad_clip", "data.prefetch_steps", "optim.warmup_steps", "optim.weight_decay", "train.valid_interval_steps",
     "checkpoint.interval_steps", "checkpoint.keep_last",
 )  # fmt: skip
 _FRACTIONS = ("optim.min_lr_fraction", "optim.decay_fraction")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from gptoughts.checkpoint.layout import write_atomically
-from gptoughts.errors import DataError
+from gptoughts.errors import DataError, PlatformError
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -51,9 +51,16 @@ class MetricsFile:
         self._file = self.path.open("a", encoding="utf-8")
 
     def write(self, line: Mapping[str, Any]) -> None:
-        """Append one line and hand it to the operating system at once."""
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+        """Append one line and hand it to the operating system at once.
+
+        Raises:
+            PlatformError: the disk is full or gone.
+        """
+        try:
+            self._file.write(json.dumps(line) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise PlatformError(f"{self.path}: cannot be written: {error.strerror}", is_rank_local=True) from None
 
     def close(self) -> None:
         """Close the file."""

@@ -70,9 +70,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if not experiment.config.data.train:
         raise DataError("data.train is empty: name a corpus with --data PREFIX (tools/preprocess_data.py makes one)")
+    from gptoughts.training.signals import launcher_ancestors
+
+    # Before seconds of imports, in which the launcher may go.
+    launchers = launcher_ancestors()
     from gptoughts.platform.startup import prepare_process
 
     prepare_process()
     from gptoughts.training.run import run
 
-    return run(experiment)
+    return run(experiment, launchers=launchers)
