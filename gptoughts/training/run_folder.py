@@ -79,8 +79,8 @@ def _lock(run: Path) -> int:
 def set_aside(run: Path, *, resumed_from: Path | None, step: int) -> Path | None:
     """Move away the checkpoints that the run does not go on from, so that none of them is taken for one of its own.
 
-    Those are the later ones, or all where the run starts anew or from a checkpoint of another run. Left where they are,
-    ``--resume auto`` would take them for the newest, and ``--checkpoint.keep_last`` would keep them instead of new ones.
+    Those are the later ones, or all where the run starts anew or from a checkpoint of another run. If they stayed,
+    ``--resume auto`` would take them for the newest, and ``--checkpoint.keep_last`` keep them rather than new ones.
 
     Args:
         run: The run's folder.
