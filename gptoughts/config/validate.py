@@ -60,6 +60,9 @@ def _range_problems(config: ExperimentConfig, sources: Mapping[str, str]) -> lis
             value = value_at(config, name)
             if value is not None and not is_right(value):
                 problems.append(f"{name}={value} ({sources[name]}): {text}")
+    for name, text in (("output_dir", config.output_dir), ("resume", config.resume)):
+        if not text:
+            problems.append(f"{name}= ({sources[name]}): is empty")
     stop, steps, warmup = config.train.stop_after_steps, config.train.steps, config.optim.warmup_steps
     if stop is not None and not 1 <= stop <= steps:
         source = sources["train.stop_after_steps"]

@@ -32,7 +32,7 @@ def inspect(config: ExperimentConfig) -> Inspection:
         except DataError as error:
             problems += error.problems
     try:
-        layout.candidates(Path(config.output_dir), config.resume)
+        layout.candidates(Path(config.output_dir), config.resume or "auto")
     except CheckpointError as error:
         problems += [f"--resume {line}" for line in error.problems]
     problems += _output_problems(Path(config.output_dir))

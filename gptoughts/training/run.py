@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -31,7 +32,8 @@ from gptoughts.training.setup import (
     build_engine,
     build_loader,
     build_validation,
-    check_device,
+    check_machine,
+    is_monitored,
     model_identity,
     precision,
     read_token_bytes,
@@ -58,7 +60,7 @@ def run(
     Collective: every rank of the world.
     """
     config = experiment.config
-    check_device(config)
+    check_machine(experiment)
     if not device.is_cuda():
         clear_stale_locks()
     with StopRequests(launchers) as stop:
@@ -82,6 +84,11 @@ def _run(experiment: Experiment, run_folder: Path, stop: StopRequests, extra_cal
     for line in announcement(experiment, corpus):
         console.print(line)
     token_bytes = read_token_bytes(corpus.tokenizer, config.model.padded_vocab_size)
+    if is_monitored(experiment, "wandb"):
+        # DeepSpeed hands wandb no folder (monitor/wandb.py, 0.19.8), and wandb falls back to the current one.
+        folder = run_folder / "monitor"
+        on_rank_zero(run_folder, lambda: folder.mkdir(exist_ok=True))
+        os.environ.setdefault("WANDB_DIR", str(folder.absolute()))
     engine, objective, names = build_engine(experiment, token_bytes)
     manager = CheckpointManager(
         run_folder,
