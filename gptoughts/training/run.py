@@ -8,6 +8,7 @@ from pathlib import Path
 import torch.distributed as dist
 from rich.console import Console
 
+from gptoughts.checkpoint.identity import model_identity
 from gptoughts.checkpoint.manager import CheckpointManager
 from gptoughts.config.cli import to_yaml
 from gptoughts.config.experiment import ExperimentConfig
@@ -30,7 +31,6 @@ from gptoughts.training.setup import (
     build_loader,
     build_validation,
     check_device,
-    model_identity,
     precision,
     read_token_bytes,
     seq_length,
