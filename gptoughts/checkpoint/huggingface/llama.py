@@ -50,14 +50,10 @@ def entries(model: GPTConfig) -> list[Entry]:
         if model.add_qkv_bias:
             found.append(projections(ours, theirs, "bias", ()))
         if model.qk_layernorm:
-            found += [
-                Entry(f"{ours}self_attention.{x}_layernorm.weight", (size,), {f"{theirs}self_attn.{x}_norm.weight": (size,)})
-                for x in ("q", "k")
-            ]  # fmt: skip
-        projection = (hidden, query)
-        found.append(
-            Entry(f"{ours}self_attention.linear_proj.weight", projection, {f"{theirs}self_attn.o_proj.weight": projection})
-        )  # fmt: skip
+            norms = [(f"{ours}self_attention.{x}_layernorm", f"{theirs}self_attn.{x}_norm") for x in ("q", "k")]
+            found += [Entry(f"{our}.weight", (size,), {f"{their}.weight": (size,)}) for our, their in norms]
+        our_output, their_output = f"{ours}self_attention.linear_proj.weight", f"{theirs}self_attn.o_proj.weight"
+        found.append(Entry(our_output, (hidden, query), {their_output: (hidden, query)}))
         return found
 
     return ends(model) + in_layers(model, layer)

@@ -1,4 +1,4 @@
-"""safetensors files read and written one tensor at a time, so that memory holds a few tensors whatever the model's size.
+"""safetensors files read and written one tensor at a time, so that memory holds a few whatever the model's size.
 
 The format is a length, a JSON header with names, dtypes, shapes and offsets, and the bytes one after the other
 (https://huggingface.co/docs/safetensors). The library writes from tensors that are all in memory; as the header needs

@@ -77,7 +77,9 @@ class GPTConfig(ModelConfig):
             if name in needed and (value is None or value <= 0):
                 found.append(f"{name}={value}: rotary_scaling={self.rotary_scaling} needs a number greater than 0")
             elif name not in needed and value is not None:
-                found.append(f"{name}={value}: has no meaning with rotary_scaling={self.rotary_scaling}; leave it unset")
+                found.append(
+                    f"{name}={value}: has no meaning with rotary_scaling={self.rotary_scaling}; leave it unset"
+                )
         low, high = self.rotary_low_freq_factor, self.rotary_high_freq_factor
         if not found and low is not None and high is not None and low >= high:
             found.append(f"rotary_low_freq_factor={low}: must be below rotary_high_freq_factor={high}")
