@@ -23,6 +23,7 @@ from gptoughts.parallel import groups
 from gptoughts.platform import determinism, device
 from gptoughts.platform.extension_locks import clear_stale_locks
 from gptoughts.training.callbacks import ValidationCallback
+from gptoughts.training.initial_weights import load_initial_weights
 from gptoughts.training.metrics import METRICS_FILE
 from gptoughts.training.plot import draw_runs
 from gptoughts.training.setup import (
@@ -88,6 +89,11 @@ def _run(experiment: Experiment, stop: StopRequests, extra_callbacks: Sequence[C
         saved = manager.restore(reader, engine, list(names))
         state = TrainState(**{key: saved[key] for key in state.as_dict()})
         console.print(f"resumed from {reader.folder} (step {state.step})")
+        if config.init_from is not None:
+            console.print(f"init_from {config.init_from} is not read again: this run has a checkpoint of its own")
+    elif config.init_from is not None:
+        source = load_initial_weights(Path(config.init_from), engine, names)
+        console.print(f"starts from the weights of {source}, at step 0 with a fresh optimizer")
     validation = build_validation(config, corpus, objective)
     callbacks = build_callbacks(experiment, engine, validation, manager, state, console)
     trainer = Trainer(
