@@ -89,11 +89,12 @@ class ToyRun:
     """A toy experiment on this rank: engine, objective, parameters. Collective: every rank of the world."""
 
     def __init__(self, family: str, layout: Layout, folder: Path, *, steps: int = 20) -> None:
+        from gptoughts.checkpoint.identity import model_identity
         from gptoughts.checkpoint.manager import CheckpointManager
         from gptoughts.engine.lr_schedule import build_schedule
         from gptoughts.parallel import groups
         from gptoughts.platform import determinism
-        from gptoughts.training.setup import build_engine, model_identity
+        from gptoughts.training.setup import build_engine
 
         determinism.enable()
         self.experiment = toy_experiment(family, layout, folder, steps=steps)

@@ -26,6 +26,8 @@ CONFIG = "config.yaml"
 TRAIN_STATE = "train_state.json"
 TOKENIZER = "tokenizer.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
+WEIGHTS_ONLY = "weights_only"
+"""Key of a manifest: the checkpoint holds no optimizer state, so that a run can start from it but not resume."""
 FORMAT_VERSION = 1
 _PARTIAL = ".partial"
 _CHUNK_BYTES = 1 << 24
@@ -142,6 +144,18 @@ def find_damage(folder: Path, name: str, record: dict[str, Any]) -> str | None:
     if FileRecord.of(path).xxh3_128 != record["xxh3_128"]:
         return f"{path}: checksum differs (the content has changed since it was saved)"
     return None
+
+
+def check_files(folder: Path) -> None:
+    """Compare every file of a checkpoint with its manifest.
+
+    Raises:
+        CheckpointError: names each damaged file.
+    """
+    files = read_manifest(folder)["files"]
+    damage = [found for name, record in files.items() if (found := find_damage(folder, name, record))]
+    if damage:
+        raise CheckpointError(damage)
 
 
 def publish(folder: Path, *, keep_last: int) -> None:

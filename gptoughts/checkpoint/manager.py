@@ -129,6 +129,11 @@ class CheckpointManager:
         if chosen is None:
             return None
         reader = CheckpointReader(chosen)
+        if reader.manifest.get(layout.WEIGHTS_ONLY):
+            raise CheckpointError(
+                f"{chosen}: holds weights only, so no run can be resumed from it; start one with --init_from {chosen} "
+                "and another --output_dir"
+            )
         self._check_identity(reader)
         return reader
 

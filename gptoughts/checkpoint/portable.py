@@ -132,8 +132,18 @@ class CheckpointReader:
         except KeyError:
             raise CheckpointError(f"{self.folder}: holds no tensor {name!r} ({kind})") from None
 
+    def dtype(self, name: str, kind: str = WEIGHT) -> torch.dtype:
+        """Dtype in which a tensor is stored.
+
+        Raises:
+            CheckpointError: there is no such tensor.
+        """
+        self.describe(name, kind)
+        piece = next(pieces[0] for key, pieces in self._pieces.items() if key[:2] == (name, kind))
+        return self._open[piece.file].get_slice(piece.key)[:0].dtype
+
     def range(self, name: str, kind: str, rank: int, start: int, stop: int) -> Tensor:
-        """Elements [start, stop) of one saved, flattened shard, fp32 as saved.
+        """Elements [start, stop) of one saved, flattened shard, in the dtype that it was saved in.
 
         Raises:
             CheckpointError: the saved fragments do not cover the range.

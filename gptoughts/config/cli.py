@@ -15,7 +15,7 @@ from gptoughts.config.deepspeed_values import tree_values
 from gptoughts.config.experiment import ExperimentConfig
 from gptoughts.config.model import ModelConfig
 from gptoughts.config.options import FamilyLike, build_parser, did_you_mean, tree_options
-from gptoughts.config.resolve import Experiment, Inspection, Layers, build_tree, preset_values, resolve
+from gptoughts.config.resolve import Experiment, Inspection, Layers, Origin, build_tree, preset_values, resolve
 from gptoughts.config.settings import (
     COMMAND_LINE,
     Arguments,
@@ -26,13 +26,20 @@ from gptoughts.config.settings import (
     read_yaml,
     split_arguments,
 )
-from gptoughts.errors import ConfigError
+from gptoughts.errors import ConfigError, GptoughtsError
 
 Inspect = Callable[[ExperimentConfig], Inspection]
+ReadOrigin = Callable[[str], tuple[str, ModelConfig]]
+"""``--init_from``'s path -> family and shape of the model there."""
 
 
 def load_experiment(
-    argv: Sequence[str], families: Mapping[str, FamilyLike], *, world_size: int, inspect: Inspect | None = None
+    argv: Sequence[str],
+    families: Mapping[str, FamilyLike],
+    *,
+    world_size: int,
+    inspect: Inspect | None = None,
+    read_origin: ReadOrigin | None = None,
 ) -> Experiment:
     """Read the command line (without the program's name) and everything that it names.
 
@@ -41,13 +48,15 @@ def load_experiment(
         families: What ``--model_type`` can name.
         world_size: Ranks of the run.
         inspect: Looks at corpus and tokenizer; its problems join the others.
+        read_origin: Looks at what ``--init_from`` names; its shape takes the preset's place.
     Raises:
         ConfigError: with every problem that was found.
     """
     arguments = split_arguments(argv)
     problems = list(arguments.problems)
     yaml_leaves = [(path, read_yaml(path, problems)) for path in arguments.config_files]
-    model_type, size = _peek(arguments, yaml_leaves, families, problems)
+    origin = _origin(arguments, yaml_leaves, read_origin, problems)
+    model_type, size = _peek(arguments, yaml_leaves, families, problems, origin)
     family = families.get(model_type)
     preset = family.presets.get(size) if family is not None else None
     options = tree_options(family.config_class if family is not None else ModelConfig)
@@ -68,7 +77,7 @@ def load_experiment(
     json_values = tree_values(json, problems)
     if family is None or preset is None:
         raise ConfigError(problems)
-    layers = Layers(options, f"{model_type}/{size}", preset, json, json_values, explicit)
+    layers = Layers(options, f"{model_type}/{size}", preset, json, json_values, explicit, origin)
     experiment = resolve(
         layers, family.config_class, world_size=world_size, dry_run=arguments.dry_run, problems=problems,
         inspect=inspect,
@@ -78,23 +87,48 @@ def load_experiment(
     return experiment
 
 
+_YamlLeaves = Sequence[tuple[str, Mapping[str, Any]]]
+
+
+def _stated(name: str, default: str, arguments: Arguments, yaml_leaves: _YamlLeaves) -> Setting:
+    """A text that has to be known before the other options are."""
+    found = Setting(default, "default")
+    for path, leaves in yaml_leaves:
+        if leaves.get(name) is not None:
+            found = Setting(str(leaves[name]), path)
+    word = arguments.peek(name)
+    return Setting(word, COMMAND_LINE) if word is not None else found
+
+
+def _origin(
+    arguments: Arguments, yaml_leaves: _YamlLeaves, read_origin: ReadOrigin | None, problems: list[str]
+) -> Origin | None:
+    path = _stated("init_from", "null", arguments, yaml_leaves)
+    if path.value == "null" or read_origin is None or arguments.wants_help:
+        return None
+    try:
+        return Origin(path.value, *read_origin(path.value))
+    except GptoughtsError as error:
+        problems += [f"init_from={path.value} ({path.source}): {line}" for line in error.problems]
+        return None
+
+
 def _peek(
     arguments: Arguments,
-    yaml_leaves: Sequence[tuple[str, Mapping[str, Any]]],
+    yaml_leaves: _YamlLeaves,
     families: Mapping[str, FamilyLike],
     problems: list[str],
+    origin: Origin | None,
 ) -> tuple[str, str]:
     """Model type and size, which decide what the other options are; unknown ones go to ``problems``."""
-
-    def stated(name: str, default: str) -> Setting:
-        found = Setting(default, "default")
-        for path, leaves in yaml_leaves:
-            if leaves.get(name) is not None:
-                found = Setting(str(leaves[name]), path)
-        word = arguments.peek(name)
-        return Setting(word, COMMAND_LINE) if word is not None else found
-
-    model_type, size = stated("model_type", ExperimentConfig.model_type), stated("size", ExperimentConfig.size)
+    default = ExperimentConfig.model_type if origin is None else origin.model_type
+    model_type = _stated("model_type", default, arguments, yaml_leaves)
+    size = _stated("size", ExperimentConfig.size, arguments, yaml_leaves)
+    if origin is not None and origin.model_type != model_type.value:
+        problems.append(
+            f"model_type={model_type.value} ({model_type.source}): init_from={origin.path} is of the family "
+            f"{origin.model_type}; leave the flag out"
+        )
     family = families.get(model_type.value)
     if family is None:
         guess = did_you_mean(model_type.value, families)

@@ -136,6 +136,9 @@ class ExperimentConfig:
     """Seeds initial weights, data order, dropout and noise."""
     resume: str = "auto"
     """auto: the newest good checkpoint in output_dir, if any; none: start anew; or a checkpoint's folder."""
+    init_from: str | None = None
+    """Start at step 0 from the weights, and the shape, of a Hugging Face folder, a run or a checkpoint. Not read where
+    --resume auto finds a checkpoint of this run."""
     model: ModelConfig = field(default_factory=ModelConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     data: DataConfig = field(default_factory=DataConfig)

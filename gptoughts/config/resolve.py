@@ -74,8 +74,22 @@ def _shown(value: Any) -> str:
 
 
 @dataclass(frozen=True)
+class Origin:
+    """The model that ``--init_from`` names."""
+
+    path: str
+    model_type: str
+    model: ModelConfig
+
+    def values(self) -> dict[str, Any]:
+        """Dotted name -> value of its shape; the length of sequences is this run's own."""
+        fields = {f.name: getattr(self.model, f.name) for f in dataclasses.fields(self.model)}
+        return {f"model.{name}": value for name, value in fields.items() if name != "seq_length"}
+
+
+@dataclass(frozen=True)
 class Layers:
-    """Everything that the tree is joined from, weakest first: default, preset, JSON, explicit."""
+    """Everything that the tree is joined from, weakest first: default, preset, init_from, JSON, explicit."""
 
     options: Mapping[str, Option]
     preset_name: str
@@ -83,6 +97,7 @@ class Layers:
     json: DeepSpeedJson
     json_values: Mapping[str, JsonValue]
     explicit: Mapping[str, Setting]
+    origin: Origin | None = None
 
     def join(self) -> tuple[dict[str, Any], dict[str, str]]:
         """Dotted name -> value, and dotted name -> source."""
@@ -90,6 +105,10 @@ class Layers:
         sources = dict.fromkeys(values, "default")
         for name, value in preset_values(self.preset).items():
             values[name], sources[name] = value, f"preset {self.preset_name}"
+        if self.origin is not None:
+            for name, value in self.origin.values().items():
+                values[name], sources[name] = value, f"init_from {self.origin.path}"
+            values["model_type"], sources["model_type"] = self.origin.model_type, f"init_from {self.origin.path}"
         for name, held in self.json_values.items():
             values[name], sources[name] = held.value, self.json.label
         for name, setting in self.explicit.items():

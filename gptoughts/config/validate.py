@@ -18,6 +18,11 @@ def validate(config: ExperimentConfig, sources: Mapping[str, str], *, world_size
     problems += _range_problems(config, sources)
     found, data_parallel_size = _parallel_problems(config, sources, world_size, is_model_sound=not problems)
     problems += found
+    if config.init_from is not None and config.resume not in ("auto", "none"):
+        problems.append(
+            f"init_from={config.init_from} ({sources['init_from']}) contradicts resume={config.resume} "
+            f"({sources['resume']}); a run either starts from weights or goes on from a checkpoint"
+        )
     if config.use_fp8:
         problems.append(f"use_fp8=true ({sources['use_fp8']}): FP8 is not built in this version; allowed: false")
     return problems, data_parallel_size

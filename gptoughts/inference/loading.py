@@ -40,11 +40,8 @@ def load_model(path: Path) -> LoadedModel:
     Collective: none; makes the groups of a world of this one process.
     """
     folder = layout.locate(path)
-    files = layout.read_manifest(folder)["files"]
-    damage = [found for name, record in files.items() if (found := layout.find_damage(folder, name, record))]
-    if damage:
-        raise CheckpointError(damage)
-    if layout.TOKENIZER not in files:
+    layout.check_files(folder)
+    if not (folder / layout.TOKENIZER).is_file():
         raise CheckpointError(f"{folder}: carries no {layout.TOKENIZER}, so prompts cannot be read")
     saved = from_yaml((folder / layout.CONFIG).read_text(encoding="utf-8"), FAMILIES)
     config = dataclasses.replace(saved, parallel=ParallelConfig())

@@ -39,6 +39,7 @@ class LanguageModel(GPTModel):
         seq_length: Longest sequence, in tokens.
         rotary_dim: Size of a head's rotary part.
         rotary_base: Base of its wavelengths.
+        rotary_frequencies: Radians per position of each pair where they are scaled; unset: the base's.
         share_embeddings_and_output_weights: One matrix for both ends.
         pre_process: This stage embeds tokens.
         post_process: This stage makes logits.
@@ -55,6 +56,7 @@ class LanguageModel(GPTModel):
         rotary_dim: int,
         rotary_base: float,
         share_embeddings_and_output_weights: bool,
+        rotary_frequencies: tuple[float, ...] | None = None,
         pre_process: bool = True,
         post_process: bool = True,
         vp_stage: int | None = None,
@@ -74,6 +76,7 @@ class LanguageModel(GPTModel):
         )
         self.rotary_dim = rotary_dim
         self.rotary_base = rotary_base
+        self.rotary_frequencies = rotary_frequencies
 
     def forward(  # type: ignore[override]
         self,
@@ -121,11 +124,15 @@ class LanguageModel(GPTModel):
         return loss.view(s, b).t()
 
     def _rotary_table(self, length: int, position_ids: Tensor | None) -> Tensor:
-        covered = max(self.max_sequence_length, length)
-        if position_ids is None:
-            table = rotary_table(covered, self.rotary_dim, self.rotary_base, self.config.params_dtype)
-            return table[:, :length]
-        return rotary_table(covered, self.rotary_dim, self.rotary_base, self.config.params_dtype, position_ids)
+        table = rotary_table(
+            max(self.max_sequence_length, length),
+            self.rotary_dim,
+            self.rotary_base,
+            self.config.params_dtype,
+            position_ids,
+            frequencies=self.rotary_frequencies,
+        )
+        return table[:, :length] if position_ids is None else table
 
 
 def global_parameter_names(model: torch.nn.Module) -> dict[str, Parameter]:
@@ -154,6 +161,7 @@ def build_language_model(
     block_spec: TransformerBlockSubmodules,
     *,
     rotary_dim: int,
+    rotary_frequencies: tuple[float, ...] | None = None,
     pre_process: bool = True,
     post_process: bool = True,
     vp_stage: int | None = None,
@@ -167,6 +175,7 @@ def build_language_model(
         transformer_config: Its model in megatron-core's terms.
         block_spec: Layers of this stage and the final norm.
         rotary_dim: Size of a head's rotary part.
+        rotary_frequencies: Radians per position of each pair where they are scaled; unset: the base's.
         pre_process: This stage embeds tokens.
         post_process: This stage makes logits.
         vp_stage: Virtual pipeline stage.
@@ -184,6 +193,7 @@ def build_language_model(
             seq_length=config.block_size or model.seq_length,
             rotary_dim=rotary_dim,
             rotary_base=model.rotary_base,
+            rotary_frequencies=rotary_frequencies,
             share_embeddings_and_output_weights=not model.untie_embeddings_and_output_weights,
             pre_process=pre_process,
             post_process=post_process,

@@ -20,19 +20,27 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from gptoughts.models.rotary_scaling import plain_frequencies
 from gptoughts.platform import device as platform_device
 
 
 @lru_cache(maxsize=32)
-def _table(length: int, dim: int, base: float, device: torch.device, dtype: torch.dtype) -> Tensor:
+def _table(length: int, frequencies: tuple[float, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
     with torch.inference_mode(False):
         # fp64 angles: fp32 loses a turn's low digits at long positions.
-        inverse = base ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
-        angles = torch.outer(torch.arange(length, dtype=torch.float64), inverse)
+        angles = torch.outer(torch.arange(length, dtype=torch.float64), torch.tensor(frequencies, dtype=torch.float64))
         return torch.stack((angles.cos(), angles.sin())).to(device, dtype)
 
 
-def rotary_table(length: int, dim: int, base: float, dtype: torch.dtype, positions: Tensor | None = None) -> Tensor:
+def rotary_table(
+    length: int,
+    dim: int,
+    base: float,
+    dtype: torch.dtype,
+    positions: Tensor | None = None,
+    *,
+    frequencies: tuple[float, ...] | None = None,
+) -> Tensor:
     """cos and sin of every angle, on this process's device.
 
     Args:
@@ -41,11 +49,13 @@ def rotary_table(length: int, dim: int, base: float, dtype: torch.dtype, positio
         base: Base of the wavelengths.
         dtype: Dtype of the heads that will be turned.
         positions: int64 [b, s], each below ``length``; unset: 0 ... length-1 for every sequence.
+        frequencies: Radians per position of the d/2 pairs (``rotary_scaling``); unset: the plain ones.
 
     Returns:
         [2, s, b, 1, d/2] for given positions, else [2, length, 1, 1, d/2]; index 0 is cos, 1 is sin.
     """
-    table = _table(length, dim, float(base), platform_device.current_device(), dtype)
+    frequencies = plain_frequencies(dim, base) if frequencies is None else frequencies
+    table = _table(length, frequencies, platform_device.current_device(), dtype)
     if positions is None:
         return table[:, :, None, None, :]
     return table[:, positions.t()].unsqueeze(3)

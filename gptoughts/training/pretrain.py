@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from gptoughts.checkpoint import layout
+from gptoughts.checkpoint.origin import read_origin, shape_contradictions
 from gptoughts.config.cli import load_experiment
 from gptoughts.config.experiment import ExperimentConfig
 from gptoughts.config.resolve import Inspection
@@ -35,6 +36,8 @@ def inspect(config: ExperimentConfig) -> Inspection:
         layout.candidates(Path(config.output_dir), config.resume or "auto")
     except CheckpointError as error:
         problems += [f"--resume {line}" for line in error.problems]
+    if config.init_from is not None and not config.model.problems():
+        problems += shape_contradictions(config.init_from, config.model)
     problems += _output_problems(Path(config.output_dir))
     return Inspection(vocab_size=vocab_size, problems=problems)
 
@@ -68,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = sys.argv[1:] if argv is None else list(argv)
     world_size = _world_size()
-    experiment = load_experiment(arguments, FAMILIES, world_size=world_size, inspect=inspect)
+    experiment = load_experiment(arguments, FAMILIES, world_size=world_size, inspect=inspect, read_origin=read_origin)
     if experiment.dry_run:
         from gptoughts.training.summary import print_summary
 

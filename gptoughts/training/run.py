@@ -11,6 +11,7 @@ import torch.distributed as dist
 from rich.console import Console
 
 from gptoughts.checkpoint import layout
+from gptoughts.checkpoint.identity import model_identity
 from gptoughts.checkpoint.manager import CheckpointManager
 from gptoughts.config.cli import to_yaml
 from gptoughts.config.experiment import ExperimentConfig
@@ -24,6 +25,7 @@ from gptoughts.parallel import groups
 from gptoughts.platform import determinism, device
 from gptoughts.platform.extension_locks import clear_stale_locks
 from gptoughts.training.callbacks import ValidationCallback
+from gptoughts.training.initial_weights import load_initial_weights
 from gptoughts.training.metrics import METRICS_FILE
 from gptoughts.training.plot import draw_runs
 from gptoughts.training.run_folder import on_rank_zero, open_run, set_aside
@@ -34,7 +36,6 @@ from gptoughts.training.setup import (
     build_validation,
     check_machine,
     is_monitored,
-    model_identity,
     precision,
     read_token_bytes,
     seq_length,
@@ -103,6 +104,11 @@ def _run(experiment: Experiment, run_folder: Path, stop: StopRequests, extra_cal
         saved = manager.restore(reader, engine, list(names))
         state = TrainState(**{key: saved[key] for key in state.as_dict()})
         console.print(f"resumed from {reader.folder} (step {state.step})")
+        if config.init_from is not None:
+            console.print(f"init_from {config.init_from} is not read again: this run has a checkpoint of its own")
+    elif config.init_from is not None:
+        source = load_initial_weights(Path(config.init_from), engine, names)
+        console.print(f"starts from the weights of {source}, at step 0 with a fresh optimizer")
 
     def claim() -> None:
         aside = set_aside(run_folder, resumed_from=reader.folder if reader else None, step=state.step)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
 import sys
 from dataclasses import dataclass
@@ -41,14 +40,6 @@ from gptoughts.training.metrics import MetricsFile
 from gptoughts.training.trainer import TrainState
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-_RUN_ONLY_FIELDS = ("attention_dropout", "hidden_dropout", "init_method_std", "seq_length")
-"""Fields of a model's configuration that may change between a checkpoint and its resumption."""
-
-
-def model_identity(config: ExperimentConfig) -> dict[str, Any]:
-    """What a checkpoint's model must agree on with the present one."""
-    fields = dataclasses.asdict(config.model)
-    return {"model_type": config.model_type} | {k: v for k, v in fields.items() if k not in _RUN_ONLY_FIELDS}
 
 
 @dataclass(frozen=True)

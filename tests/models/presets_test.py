@@ -7,7 +7,9 @@ import pytest
 from gptoughts.models.flops import count_parameters
 from gptoughts.models.registry import FAMILIES
 
-CASES = [(family, size) for family in FAMILIES.values() for size in family.presets]
+HOUSE = ("debug", "small", "medium", "large", "xl")
+CASES = [(family, size) for family in FAMILIES.values() for size in HOUSE]
+PUBLISHED = [(family, size) for family in FAMILIES.values() for size in family.presets if size not in HOUSE]
 NOMINAL = {"debug": 7e6, "small": 125e6, "medium": 350e6, "large": 760e6, "xl": 1.5e9}
 GPT3 = {  # arXiv:2005.14165, table 2.1: layers, width, heads, head size, learning rate
     "small": (12, 768, 12, 64, 6e-4),
@@ -44,3 +46,24 @@ def test_a_preset_keeps_to_its_table(family, size: str) -> None:
     assert (model.num_layers, model.hidden_size, model.num_attention_heads, preset.lr) == (layers, width, heads, lr)
     assert getattr(model, "kv_channels" if family.name == "gpt" else "v_head_dim") == head_size
     assert model.ffn_hidden_size == -(-8 * width // 3 // 256) * 256
+
+
+@pytest.mark.parametrize(("family", "size"), PUBLISHED, ids=lambda v: getattr(v, "name", v))
+def test_a_published_shape_has_the_published_number_of_parameters(family, size: str) -> None:
+    preset = family.presets[size]
+    assert isinstance(preset.model, family.config_class)
+    assert preset.model.problems() == []
+    assert preset.source.startswith("https://")
+    assert count_parameters(family, preset.model).total == pytest.approx(preset.num_parameters, rel=0.01)
+
+
+def test_llama_3_8b_is_the_published_shape() -> None:
+    model = FAMILIES["gpt"].presets["llama-3-8b"].model
+    assert (model.num_layers, model.hidden_size, model.ffn_hidden_size, model.num_attention_heads) == (
+        32,
+        4096,
+        14336,
+        32,
+    )
+    assert (model.num_query_groups, model.vocab_size, model.seq_length, model.rotary_base) == (8, 128256, 8192, 500000)
+    assert model.untie_embeddings_and_output_weights

@@ -48,6 +48,7 @@ def build_model(
         transformer_config,
         dense_decoder_spec(transformer_config, attn_mask_type=attn_mask_type, vp_stage=vp_stage),
         rotary_dim=transformer_config.kv_channels,
+        rotary_frequencies=model.rotary_frequencies(),
         pre_process=pre_process,
         post_process=post_process,
         vp_stage=vp_stage,

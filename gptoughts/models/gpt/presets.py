@@ -53,5 +53,13 @@ GPT_PRESETS = {
         lr=2e-4,
         batch_size=2,
     ),
+    "llama-3-8b": Preset(
+        model=GPTConfig(num_layers=32, hidden_size=4096, ffn_hidden_size=14336, num_attention_heads=32,
+                        num_query_groups=8, vocab_size=128256, seq_length=8192, rotary_base=500000),
+        source="https://huggingface.co/meta-llama/Meta-Llama-3-8B/blob/main/config.json; arXiv:2407.21783, table 3",
+        num_parameters=8_030_261_248,
+        lr=3e-4,
+        batch_size=1,
+    ),
 }  # fmt: skip
 """Size -> preset."""

@@ -1,0 +1,1 @@
+"""Weights in Hugging Face's layout: which of their tensors make which of ours."""

@@ -1,0 +1,148 @@
+"""What a published format is: its configuration in our words, and a table of tensors with shapes and transforms."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from gptoughts.checkpoint.huggingface.transforms import PaddedRows, Same, Stacked, Transform
+from gptoughts.config.model import ModelConfig
+
+Shape = tuple[int, ...]
+
+_NO_WEIGHTS = re.compile(r"rotary_emb\.inv_freq$")
+"""Tensors in older files that are no weights."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One of our tensors and the published ones that make it."""
+
+    ours: str
+    our_shape: Shape
+    theirs: Mapping[str, Shape]
+    """Published name -> shape, in the transform's order."""
+    transform: Transform = field(default_factory=Same)
+
+
+@dataclass(frozen=True)
+class Format:
+    """One kind of published model.
+
+    Configurations are read and written as plain dictionaries (config.json), so that no torch is needed for them.
+    """
+
+    model_type: str
+    """``model_type`` in config.json."""
+    architecture: str
+    """Class in transformers that loads it."""
+    family: str
+    """Our family."""
+    read: Callable[[Mapping[str, Any], list[str]], ModelConfig | None]
+    """config.json -> our shape; what our family cannot hold goes to the list of problems."""
+    write: Callable[[Any], dict[str, Any]]
+    """Our shape -> what config.json says of it."""
+    refusals: Callable[[Any], list[str]]
+    """Why a shape of ours cannot be written in this format; empty: it can."""
+    entries: Callable[[Any], list[Entry]]
+    """Our shape -> table of tensors."""
+
+
+def is_ignorable(name: str) -> bool:
+    """Whether a published tensor carries no weight."""
+    return _NO_WEIGHTS.search(name) is not None
+
+
+def ends(model: ModelConfig) -> list[Entry]:
+    """Embedding, final norm and output layer, under the names that Llama gave them."""
+    hidden, rows, padded = model.hidden_size, model.vocab_size, model.padded_vocab_size
+    padding = PaddedRows(rows, padded) if rows != padded else Same()
+
+    def vocabulary(ours: str, theirs: str) -> Entry:
+        return Entry(ours, (padded, hidden), {theirs: (rows, hidden)}, padding)
+
+    found = [
+        vocabulary("embedding.word_embeddings.weight", "model.embed_tokens.weight"),
+        Entry("decoder.final_layernorm.weight", (hidden,), {"model.norm.weight": (hidden,)}),
+    ]
+    if model.untie_embeddings_and_output_weights:
+        found.append(vocabulary("output_layer.weight", "lm_head.weight"))
+    return found
+
+
+def block(model: ModelConfig, ours: str, theirs: str) -> list[Entry]:
+    """A layer's two norms and its SwiGLU, under the names that Llama gave them."""
+    hidden, width = model.hidden_size, model.ffn_hidden_size
+    matrix = (width, hidden)
+    return [
+        Entry(f"{ours}input_layernorm.weight", (hidden,), {f"{theirs}input_layernorm.weight": (hidden,)}),
+        Entry(f"{ours}pre_mlp_layernorm.weight", (hidden,), {f"{theirs}post_attention_layernorm.weight": (hidden,)}),
+        Entry(
+            f"{ours}mlp.linear_fc1.weight",
+            (2 * width, hidden),
+            {f"{theirs}mlp.gate_proj.weight": matrix, f"{theirs}mlp.up_proj.weight": matrix},
+            Stacked((width, width)),
+        ),
+        Entry(f"{ours}mlp.linear_fc2.weight", (hidden, width), {f"{theirs}mlp.down_proj.weight": (hidden, width)}),
+    ]
+
+
+def in_layers(model: ModelConfig, layer: Callable[[str, str], Sequence[Entry]]) -> list[Entry]:
+    """``layer(our prefix, their prefix)`` for every layer."""
+    return [
+        entry
+        for number in range(model.num_layers)
+        for entry in layer(f"decoder.layers.{number}.", f"model.layers.{number}.")
+    ]
+
+
+def common_fields(model: ModelConfig) -> dict[str, Any]:
+    """What every format's config.json says alike."""
+    return {
+        "vocab_size": model.vocab_size,
+        "hidden_size": model.hidden_size,
+        "intermediate_size": model.ffn_hidden_size,
+        "num_hidden_layers": model.num_layers,
+        "num_attention_heads": model.num_attention_heads,
+        "hidden_act": "silu",
+        "max_position_embeddings": model.seq_length,
+        "rms_norm_eps": model.layernorm_epsilon,
+        "initializer_range": model.init_method_std,
+        "attention_dropout": model.attention_dropout,
+        "tie_word_embeddings": not model.untie_embeddings_and_output_weights,
+        "rope_theta": float(model.rotary_base),
+    }
+
+
+def common_values(config: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
+    """Our common fields from config.json; what is missing or cannot be held goes to ``problems``."""
+    if config.get("hidden_act", "silu") != "silu":
+        problems.append(f"hidden_act={config['hidden_act']!r}: the feed-forward layer here is SwiGLU; allowed: 'silu'")
+    if config.get("quantization_config") is not None:
+        problems.append("quantization_config: quantized weights are not read; dequantize them first")
+    base = rope_of(config).get("rope_theta", 10000)
+    if base != int(base):
+        problems.append(f"rope_theta={base}: a whole number is needed")
+    named = {
+        "vocab_size": "vocab_size", "hidden_size": "hidden_size", "ffn_hidden_size": "intermediate_size",
+        "num_layers": "num_hidden_layers", "num_attention_heads": "num_attention_heads",
+        "seq_length": "max_position_embeddings", "layernorm_epsilon": "rms_norm_eps",
+    }  # fmt: skip
+    problems += [f"{theirs}: missing" for theirs in named.values() if config.get(theirs) is None]
+    return {ours: config.get(theirs) for ours, theirs in named.items()} | {
+        "rotary_base": int(base),
+        "attention_dropout": float(config.get("attention_dropout") or 0.0),
+        "init_method_std": float(config.get("initializer_range") or 0.02),
+        "untie_embeddings_and_output_weights": not config.get("tie_word_embeddings", False),
+    }
+
+
+def rope_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Rotary settings in one form; transformers 5 has ``rope_parameters``, before it ``rope_theta, rope_scaling``."""
+    found = {"rope_theta": config["rope_theta"]} if config.get("rope_theta") is not None else {}
+    found |= config.get("rope_scaling") or {}
+    found |= config.get("rope_parameters") or {}
+    found["rope_type"] = found.get("rope_type") or found.pop("type", None) or "default"
+    return found

@@ -1,0 +1,159 @@
+"""One of our checkpoints becomes a Hugging Face folder, one tensor at a time."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from gptoughts.checkpoint import layout
+from gptoughts.checkpoint.huggingface.base import Entry
+from gptoughts.checkpoint.huggingface.formats import CONFIG_FILE, Published, format_for, understand
+from gptoughts.checkpoint.huggingface.output import (
+    CARRIED_FILES,
+    CARRIED_FOLDER,
+    MAX_FILE_BYTES,
+    Check,
+    Conversion,
+    conversion,
+    new_folder,
+    progress,
+)
+from gptoughts.checkpoint.huggingface.tensor_files import (
+    DTYPES,
+    INDEX_FILE,
+    NAMES,
+    SINGLE_FILE,
+    TensorHeader,
+    plan_files,
+    write_file,
+)
+from gptoughts.checkpoint.portable import CheckpointReader
+from gptoughts.config.cli import from_yaml
+from gptoughts.config.experiment import ExperimentConfig
+from gptoughts.data.tokenizer import load_tokenizer
+from gptoughts.errors import CheckpointError
+from gptoughts.models.registry import FAMILIES
+
+_TORCH_NAMES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+
+
+def export_model(
+    source: Path,
+    output: Path,
+    *,
+    dtype: str | None = None,
+    max_file_bytes: int = MAX_FILE_BYTES,
+    check: Check | None = None,
+) -> Conversion:
+    """Make a Hugging Face folder from a run's newest checkpoint, or from one.
+
+    Args:
+        source: A run or a checkpoint.
+        output: Folder to make.
+        dtype: safetensors' name of the dtype to write (rounding to nearest); unset: as stored.
+        max_file_bytes: Weights are divided over files of about this size.
+        check: Looks at the finished folder before it gets its name.
+    Raises:
+        CheckpointError: no good checkpoint, or no format that holds its model; nothing is written.
+    """
+    checkpoint = layout.locate(source)
+    layout.check_files(checkpoint)
+    config = from_yaml((checkpoint / layout.CONFIG).read_text(encoding="utf-8"), FAMILIES, label=str(checkpoint))
+    reader = CheckpointReader(checkpoint)
+    published, text = _exported_config(checkpoint, config, dtype)
+    entries = published.format.entries(published.model)
+    problems = export_problems(reader, entries)
+    if problems:
+        raise CheckpointError(problems)
+    origin = {their: entry for entry in entries for their in entry.theirs}
+    cache: dict[str, dict[str, Tensor]] = {}
+
+    def read(name: str) -> Tensor:
+        entry = origin[name]
+        if entry.ours not in cache:
+            cache.clear()  # the tensors made of one of ours follow each other
+            cache[entry.ours] = dict(zip(entry.theirs, entry.transform.split(reader.full(entry.ours)), strict=True))
+        tensor = cache[entry.ours].pop(name)
+        return tensor if dtype is None else tensor.to(DTYPES[dtype])
+
+    headers = [
+        TensorHeader(their, dtype or NAMES[reader.dtype(entry.ours)], shape)
+        for entry in entries
+        for their, shape in entry.theirs.items()
+    ]
+    with new_folder(output) as partial, progress("exporting", headers) as written:
+        num_files = _write_published(partial, headers, read, max_file_bytes, written)
+        _finish_published(partial, checkpoint, text | {"dtype": _TORCH_NAMES[headers[0].dtype]} if text else None)
+        if check is not None:
+            check(partial)
+    return conversion(output, published, headers, num_files)
+
+
+def export_problems(reader: CheckpointReader, entries: Sequence[Entry]) -> list[str]:
+    """Every unknown, missing or wrong-shaped tensor of a checkpoint, by name."""
+    expected = {entry.ours: entry.our_shape for entry in entries}
+    problems = [f"{name}: unknown to this format" for name in reader.names() if name not in expected]
+    for name, shape in expected.items():
+        if name not in reader.names():
+            problems.append(f"{name}: missing, shape {shape} expected")
+        elif reader.describe(name).full_shape != shape:
+            problems.append(f"{name}: shape {reader.describe(name).full_shape}, {shape} expected")
+    return problems
+
+
+def _exported_config(
+    checkpoint: Path, config: ExperimentConfig, dtype: str | None
+) -> tuple[Published, dict[str, Any] | None]:
+    """The format to write, and what config.json says; None: the one that came along, as it is."""
+    came_along = checkpoint / CARRIED_FOLDER / CONFIG_FILE
+    if came_along.is_file():
+        text = json.loads(came_along.read_text(encoding="utf-8"))
+        text.pop("torch_dtype", None)  # what transformers 4 called dtype
+        return understand(text, text.get("model_type"), str(came_along)), None if dtype is None else text
+    chosen = format_for(config.model_type, config.model)
+    # Unset, transformers takes ids of Llama 2's vocabulary.
+    ends: dict[str, int | None] = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+    if (checkpoint / layout.TOKENIZER).is_file():
+        ends["eos_token_id"] = load_tokenizer(checkpoint / layout.TOKENIZER).eod_id
+    start = {"architectures": [chosen.architecture], "model_type": chosen.model_type}
+    return Published(chosen, config.model), start | chosen.write(config.model) | ends
+
+
+def _write_published(
+    partial: Path,
+    headers: Sequence[TensorHeader],
+    read: Callable[[str], Tensor],
+    max_file_bytes: int,
+    written: Callable[[int], None],
+) -> int:
+    files = plan_files(headers, max_file_bytes)
+    names = [f"model-{i + 1:05d}-of-{len(files):05d}.safetensors" for i in range(len(files))]
+    names = names if len(files) > 1 else [SINGLE_FILE]
+    for name, part in zip(names, files, strict=True):
+        write_file(partial / name, part, read, metadata={"format": "pt"}, written=written)
+    if len(files) > 1:
+        where = {header.name: name for name, part in zip(names, files, strict=True) for header in part}
+        index = {"metadata": {"total_size": sum(h.num_bytes for h in headers)}, "weight_map": where}
+        (partial / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    return len(files)
+
+
+def _finish_published(partial: Path, checkpoint: Path, config: dict[str, Any] | None) -> None:
+    """Configuration, tokenizer and whatever else came along."""
+    for folder in (checkpoint, checkpoint / CARRIED_FOLDER):
+        for name in CARRIED_FILES:
+            if (folder / name).is_file():
+                shutil.copyfile(folder / name, partial / name)
+    if config is not None:
+        text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+        (partial / CONFIG_FILE).write_text(text, encoding="utf-8")
+    tokenizer_config = partial / layout.TOKENIZER_CONFIG
+    if (partial / layout.TOKENIZER).is_file() and not tokenizer_config.is_file():
+        tokenizer_config.write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}\n', encoding="utf-8")
+    for path in partial.iterdir():
+        layout.sync_file(path)

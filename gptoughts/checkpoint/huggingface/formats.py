@@ -1,0 +1,84 @@
+"""The table of published formats, and config.json files; imports no torch."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gptoughts.checkpoint.huggingface import deepseek, llama
+from gptoughts.checkpoint.huggingface.base import Format
+from gptoughts.config.model import ModelConfig
+from gptoughts.errors import CheckpointError
+
+CONFIG_FILE = "config.json"
+FORMATS: tuple[Format, ...] = (*llama.FORMATS, *deepseek.FORMATS)
+
+
+@dataclass(frozen=True)
+class Published:
+    """A config.json that has been understood."""
+
+    format: Format
+    model: ModelConfig
+
+
+def is_huggingface(folder: Path) -> bool:
+    """Whether a folder is a Hugging Face model."""
+    return (folder / CONFIG_FILE).is_file()
+
+
+def read_published(folder: Path) -> Published:
+    """The format and shape of a Hugging Face folder.
+
+    Raises:
+        CheckpointError: no config.json, or all that it says which cannot be held here.
+    """
+    path = folder / CONFIG_FILE
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        model_type = config.get("model_type")
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror}); a Hugging Face folder has one") from None
+    except (ValueError, AttributeError):
+        raise CheckpointError(f"{path}: no JSON object") from None
+    return understand(config, model_type, str(path))
+
+
+def understand(config: dict[str, Any], model_type: str | None, label: str) -> Published:
+    """As :func:`read_published`, from the file's content.
+
+    Raises:
+        CheckpointError: it says what cannot be held here; ``label`` names it.
+    """
+    found = next((one for one in FORMATS if one.model_type == model_type), None)
+    if found is None:
+        known = ", ".join(one.model_type for one in FORMATS)
+        raise CheckpointError(f"{label}: model_type={model_type!r}: not one of those that convert: {known}")
+    problems: list[str] = []
+    model = found.read(config, problems)
+    if model is not None:
+        problems += model.problems()
+    if problems or model is None:
+        raise CheckpointError([f"{label}: {problem}" for problem in problems])
+    return Published(found, model)
+
+
+def format_for(family: str, model: ModelConfig) -> Format:
+    """The first format that can hold a shape of ours.
+
+    Raises:
+        CheckpointError: none can; says why for each.
+    """
+    problems = []
+    for one in FORMATS:
+        if one.family == family:
+            refusals = one.refusals(model)
+            if not refusals:
+                return one
+            problems.append(f"{one.model_type} cannot hold this model: {', '.join(refusals)}")
+    if not problems:
+        known = ", ".join(sorted({one.family for one in FORMATS}))
+        problems = [f"model_type={family}: has no Hugging Face format; families that have: {known}"]
+    raise CheckpointError(problems)

@@ -1,0 +1,145 @@
+"""A Hugging Face folder becomes one of our checkpoints, one tensor at a time.
+
+Every name, shape and dtype is compared from the files' headers before anything is written.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from gptoughts.checkpoint import layout
+from gptoughts.checkpoint.huggingface.base import Entry, is_ignorable
+from gptoughts.checkpoint.huggingface.formats import Published, read_published
+from gptoughts.checkpoint.huggingface.output import (
+    CARRIED_FILES,
+    CARRIED_FOLDER,
+    MAX_FILE_BYTES,
+    Check,
+    Conversion,
+    conversion,
+    new_folder,
+    padded_rows,
+    progress,
+)
+from gptoughts.checkpoint.huggingface.tensor_files import DTYPES, TensorFolder, TensorHeader, plan_files, write_file
+from gptoughts.checkpoint.identity import model_identity
+from gptoughts.checkpoint.portable import WEIGHT
+from gptoughts.config.cli import to_yaml
+from gptoughts.config.experiment import ExperimentConfig, TrainConfig
+from gptoughts.errors import CheckpointError
+
+_PRECISIONS = {"F32": "fp32", "BF16": "bf16", "F16": "fp16"}
+_EMBEDDING, _OUTPUT_LAYER = "model.embed_tokens.weight", "lm_head.weight"
+
+
+def import_model(
+    source: Path, output: Path, *, max_file_bytes: int = MAX_FILE_BYTES, check: Check | None = None
+) -> Conversion:
+    """Make a run folder with one checkpoint, ``checkpoints/step_00000000``, from a Hugging Face folder.
+
+    Args:
+        source: Folder with config.json and safetensors.
+        output: Run folder to make.
+        max_file_bytes: Weights are divided over files of about this size.
+        check: Looks at the finished folder before it gets its name.
+    Raises:
+        CheckpointError: every problem of the source; nothing is written.
+    """
+    published = read_published(source)
+    folder = TensorFolder(source)
+    entries = published.format.entries(published.model)
+    problems = import_problems(folder, entries)
+    if not (source / layout.TOKENIZER).is_file():
+        problems.append(f"{source / layout.TOKENIZER}: missing; save the tokenizer with AutoTokenizer.save_pretrained")
+    if problems:
+        raise CheckpointError(problems)
+    by_name = {entry.ours: entry for entry in entries}
+    headers = [TensorHeader(e.ours, folder.headers[next(iter(e.theirs))].dtype, e.our_shape) for e in entries]
+    config = _imported_config(published, headers, output)
+    with new_folder(output) as partial, progress("importing", headers) as written:
+        checkpoint = layout.step_folder(partial, 0)
+        checkpoint.mkdir(parents=True)
+        for number, part in enumerate(plan_files(headers, max_file_bytes)):
+            flat = [_stored(header) for header in part]
+            table = {stored.name: [list(h.shape), None, 1] for stored, h in zip(flat, part, strict=True)}
+
+            def read(key: str) -> Tensor:
+                entry = by_name[key.split("/", 2)[2]]
+                return entry.transform.join([folder.read(name) for name in entry.theirs]).flatten()
+
+            metadata = {"tensor_rank": "0", "tensor_size": "1", "fragments": json.dumps(table)}
+            write_file(checkpoint / f"weights_{number:05d}.safetensors", flat, read, metadata=metadata, written=written)
+        _finish_checkpoint(checkpoint, source, config, published)
+        (partial / layout.CONFIG).write_text(to_yaml(config), encoding="utf-8")
+        if check is not None:
+            check(partial)
+    return conversion(output, published, headers, len(list(layout.step_folder(output, 0).glob("weights_*"))))
+
+
+def import_problems(folder: TensorFolder, entries: Sequence[Entry]) -> list[str]:
+    """Every unknown, missing, wrong-shaped or unreadable tensor, by name."""
+    problems = []
+    expected = {name: shape for entry in entries for name, shape in entry.theirs.items()}
+    for name, shape in expected.items():
+        found = folder.headers.get(name)
+        if found is None:
+            problems.append(f"{name}: missing, shape {shape} expected")
+        elif found.shape != shape:
+            problems.append(f"{name}: shape {found.shape}, {shape} expected")
+        elif found.dtype not in DTYPES:
+            problems.append(f"{name}: dtype {found.dtype}; allowed: {', '.join(DTYPES)}")
+    for name in folder.headers:
+        if name == _OUTPUT_LAYER and name not in expected:
+            if not torch.equal(folder.read(name), folder.read(_EMBEDDING)):
+                problems.append(f"{name}: is not the embedding, although tie_word_embeddings=true")
+        elif name not in expected and not is_ignorable(name):
+            problems.append(f"{name}: unknown to this format")
+    for entry in entries:
+        dtypes = {folder.headers[name].dtype for name in entry.theirs if name in folder.headers}
+        if len(dtypes) > 1:
+            problems.append(f"{', '.join(entry.theirs)}: differ in dtype ({', '.join(sorted(dtypes))})")
+    return problems
+
+
+def _stored(header: TensorHeader) -> TensorHeader:
+    """As a checkpoint's file holds it: flat, under kind, offset and name."""
+    return TensorHeader(f"{WEIGHT}/0/{header.name}", header.dtype, (math.prod(header.shape),))
+
+
+def _imported_config(published: Published, headers: Sequence[TensorHeader], output: Path) -> ExperimentConfig:
+    return ExperimentConfig(
+        model_type=published.format.family,
+        block_size=published.model.seq_length,
+        output_dir=str(output),
+        model=published.model,
+        train=TrainConfig(precision=_PRECISIONS[headers[0].dtype]),  # type: ignore[arg-type]
+    )
+
+
+def _finish_checkpoint(checkpoint: Path, source: Path, config: ExperimentConfig, published: Published) -> None:
+    """Everything but the weights, the manifest last."""
+    (checkpoint / CARRIED_FOLDER).mkdir()
+    for name in CARRIED_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, checkpoint / CARRIED_FOLDER / name)
+    for name in (layout.TOKENIZER, layout.TOKENIZER_CONFIG):
+        if (source / name).is_file():
+            shutil.copyfile(source / name, checkpoint / name)
+    (checkpoint / layout.CONFIG).write_text(to_yaml(config), encoding="utf-8")
+    state = {"step": 0, "consumed_samples": 0, "consumed_tokens": 0}
+    (checkpoint / layout.TRAIN_STATE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
+    records = {}
+    for path in sorted(path for path in checkpoint.rglob("*") if path.is_file()):
+        layout.sync_file(path)
+        records[path.relative_to(checkpoint).as_posix()] = layout.FileRecord.of(path)
+    origin = {"format": published.format.model_type, "padded_rows": padded_rows(published.model)}
+    header = {"step": 0, "world_size": 1, "model": model_identity(config), layout.WEIGHTS_ONLY: True, "origin": origin}
+    layout.write_manifest(checkpoint, records, header)
+    layout.write_atomically(checkpoint.parent / layout.LATEST, checkpoint.name + "\n")

@@ -1,0 +1,137 @@
+"""safetensors files read and written one tensor at a time, so that memory holds a few whatever the model's size.
+
+The format is a length, a JSON header with names, dtypes, shapes and offsets, and the bytes one after the other
+(https://huggingface.co/docs/safetensors). The library writes from tensors that are all in memory; as the header needs
+only shapes, a file can as well be written from tensors that are read when their turn comes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from gptoughts.checkpoint.layout import sync_file
+from gptoughts.errors import CheckpointError
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+"""safetensors' name of each dtype that converts."""
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class TensorHeader:
+    """What a file says of a tensor before it is read."""
+
+    name: str
+    dtype: str
+    """safetensors' name."""
+    shape: tuple[int, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of its values."""
+        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
+
+
+class TensorFolder:
+    """The tensors of a Hugging Face folder by name, read when asked for.
+
+    Raises:
+        CheckpointError: no safetensors, an index that names missing files, or an unreadable file; names it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.headers: dict[str, TensorHeader] = {}
+        self._files: dict[str, Any] = {}
+        for path in _weight_files(folder):
+            try:
+                handle = safe_open(path, framework="pt")
+                for name in handle.keys():  # noqa: SIM118 (safe_open is no dict)
+                    view = handle.get_slice(name)
+                    self.headers[name] = TensorHeader(name, view.get_dtype(), tuple(view.get_shape()))
+                    self._files[name] = handle
+            except (OSError, SafetensorError) as error:
+                raise CheckpointError(f"{path}: cannot be read ({error})") from None
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, on the CPU, as stored."""
+        return self._files[name].get_tensor(name)
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    index = folder / INDEX_FILE
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError):
+            raise CheckpointError(f"{index}: no index of safetensors files") from None
+        missing = [name for name in names if not (folder / name).is_file()]
+        if missing:
+            raise CheckpointError([f"{folder / name}: missing, {INDEX_FILE} names it" for name in missing])
+        return [folder / name for name in names]
+    if (folder / SINGLE_FILE).is_file():
+        return [folder / SINGLE_FILE]
+    pickled = "; its .bin files are pickles, which are never opened" if list(folder.glob("*.bin")) else ""
+    raise CheckpointError(f"{folder}: holds neither {SINGLE_FILE} nor {INDEX_FILE}{pickled}")
+
+
+def plan_files(headers: Sequence[TensorHeader], max_file_bytes: int) -> list[list[TensorHeader]]:
+    """Divide tensors over files in their order; a file exceeds the limit only where one tensor does."""
+    files: list[list[TensorHeader]] = []
+    size = 0
+    for header in headers:
+        if not files or size + header.num_bytes > max_file_bytes:
+            files.append([])
+            size = 0
+        files[-1].append(header)
+        size += header.num_bytes
+    return files
+
+
+def write_file(
+    path: Path,
+    headers: Sequence[TensorHeader],
+    read: Callable[[str], Tensor],
+    *,
+    metadata: Mapping[str, str],
+    written: Callable[[int], None],
+) -> None:
+    """Write one file and flush it to the disk.
+
+    Args:
+        path: File to write.
+        headers: Its tensors, in order.
+        read: Gives a tensor's values when its turn comes.
+        metadata: Texts for the header.
+        written: Told the bytes of each tensor.
+    Raises:
+        OSError: the disk is full or cannot be written.
+    """
+    table: dict[str, Any] = {"__metadata__": dict(metadata)}
+    offset = 0
+    for header in headers:
+        end = offset + header.num_bytes
+        table[header.name] = {"dtype": header.dtype, "shape": list(header.shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(table, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # values are aligned to 8 bytes
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for header in headers:
+            tensor = read(header.name)
+            assert tensor.dtype is DTYPES[header.dtype], header
+            assert tuple(tensor.shape) == header.shape, (header, tensor.shape)
+            file.write(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+            written(header.num_bytes)
+    sync_file(path)

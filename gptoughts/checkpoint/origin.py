@@ -1,0 +1,57 @@
+"""What ``--init_from`` names: a Hugging Face folder, a run or a checkpoint, and the shape of its model; no torch."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from gptoughts.checkpoint import layout
+from gptoughts.checkpoint.huggingface.formats import is_huggingface, read_published
+from gptoughts.checkpoint.identity import RUN_ONLY_FIELDS
+from gptoughts.config.cli import from_yaml
+from gptoughts.config.model import ModelConfig
+from gptoughts.errors import CheckpointError, GptoughtsError
+from gptoughts.models.registry import FAMILIES
+
+_FREE_FIELDS = (
+    *RUN_ONLY_FIELDS, "layernorm_epsilon", "rotary_base", "rotary_scaling", "rotary_scaling_factor",
+    "rotary_low_freq_factor", "rotary_high_freq_factor", "original_max_position_embeddings",
+)  # fmt: skip
+"""Fields that no tensor depends on: a run may start from weights with others (a longer context, for one)."""
+
+
+def read_origin(path: str) -> tuple[str, ModelConfig]:
+    """Family and shape of the model at ``path``.
+
+    Raises:
+        CheckpointError, ConfigError: nothing there that a run can start from.
+    """
+    folder = Path(path)
+    if is_huggingface(folder):
+        published = read_published(folder)
+        return published.format.family, published.model
+    try:
+        checkpoint = layout.locate(folder)
+    except CheckpointError as error:
+        raise CheckpointError([*error.problems, "nor is there a Hugging Face folder with a config.json"]) from None
+    file = checkpoint / layout.CONFIG
+    try:
+        text = file.read_text(encoding="utf-8")
+    except OSError as error:
+        raise CheckpointError(f"{file}: cannot be read ({error.strerror})") from None
+    config = from_yaml(text, FAMILIES, label=str(file))
+    return config.model_type, config.model.filled()
+
+
+def shape_contradictions(path: str, wanted: ModelConfig) -> list[str]:
+    """A line for each field of ``wanted`` with which the tensors at ``path`` would not fit."""
+    try:
+        _, origin = read_origin(path)
+    except GptoughtsError:
+        return []  # said by whoever took the shape from there
+    there, here = dataclasses.asdict(origin.filled()), dataclasses.asdict(wanted.filled())
+    return [
+        f"model.{name}={value}: init_from={path} has {there.get(name)}; leave it out"
+        for name, value in here.items()
+        if name not in _FREE_FIELDS and value != there.get(name)
+    ]

@@ -1,0 +1,111 @@
+"""``tools/convert_checkpoint.py``: Hugging Face folders to our checkpoints and back."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from gptoughts.errors import CheckpointError, ConfigError
+
+if TYPE_CHECKING:
+    from gptoughts.checkpoint.huggingface.output import Conversion
+
+LARGEST_LOGIT_ERROR = 1e-3
+"""Of ``--verify``, relative to the largest logit; fp32 sums in another order differ by some 1e-6."""
+_DTYPES = {"stored": None, "fp32": "F32", "bf16": "BF16", "fp16": "F16"}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="convert_checkpoint.py", description="Convert models, exact to the bit.")
+    ways = parser.add_subparsers(dest="way", required=True, metavar="{hf-to-gptoughts,gptoughts-to-hf}")
+    to_ours = ways.add_parser("hf-to-gptoughts", help="a Hugging Face folder becomes a run with one checkpoint")
+    to_theirs = ways.add_parser("gptoughts-to-hf", help="a run or checkpoint becomes a Hugging Face folder")
+    to_ours.add_argument("--input", type=Path, required=True, help="folder with config.json and safetensors")
+    to_theirs.add_argument("--input", type=Path, required=True, help="a run (its newest checkpoint), or a checkpoint")
+    to_theirs.add_argument(
+        "--dtype", choices=list(_DTYPES), default="stored", help="dtype of the weights; a trained run stores fp32"
+    )
+    for way in (to_ours, to_theirs):
+        way.add_argument("--output", type=Path, required=True, help="folder to make; must not exist")
+        way.add_argument("--max_file_gb", type=float, default=5.0, help="size of one file of weights, 1e9 bytes")
+        way.add_argument(
+            "--verify", metavar="TEXT", help="compare both models' logits on this text before the output gets its name"
+        )
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the program; returns its exit status.
+
+    Raises:
+        GptoughtsError: whatever the user can mend.
+    """
+    arguments = build_parser().parse_args(argv)
+    if not arguments.max_file_gb > 0:
+        raise ConfigError(f"max_file_gb={arguments.max_file_gb} (command line): must be greater than 0")
+    if arguments.verify == "":
+        raise ConfigError("verify='' (command line): is empty; give at least one character")
+    from gptoughts.platform.startup import prepare_process
+
+    prepare_process()
+    from gptoughts.checkpoint.huggingface.exporting import export_model
+    from gptoughts.checkpoint.huggingface.importing import import_model
+
+    source, output, text = arguments.input, arguments.output, arguments.verify
+    num_bytes = int(arguments.max_file_gb * 1e9)
+    if arguments.way == "hf-to-gptoughts":
+        check = _check(text, lambda made: (made, source))
+        made = import_model(source, output, max_file_bytes=num_bytes, check=check)
+    else:
+        check = _check(text, lambda made: (source, made))
+        made = export_model(source, output, dtype=_DTYPES[arguments.dtype], max_file_bytes=num_bytes, check=check)
+    _print_summary(made, arguments.way)
+    return 0
+
+
+def _check(text: str | None, sides: Callable[[Path], tuple[Path, Path]]) -> Callable[[Path], None] | None:
+    """The comparison for ``--verify``; ``sides`` gives (our folder, their folder)."""
+    if text is None:
+        return None
+
+    def check(made: Path) -> None:
+        ours, theirs = sides(made)
+        error = logit_error(ours, theirs, text)
+        print(f"logits on {len(text)} characters differ by at most {error:.1e} of the largest")
+        if not error <= LARGEST_LOGIT_ERROR:
+            raise CheckpointError(
+                f"verify: logits differ by {error:.1e}, at most {LARGEST_LOGIT_ERROR} allowed; nothing was kept"
+            )
+
+    return check
+
+
+def logit_error(ours: Path, theirs: Path, text: str) -> float:
+    """max|a - b| / max|b| of both models' logits on a text, in fp32 where the device is a CPU."""
+    import torch
+    from torch import nn
+    from transformers import AutoModelForCausalLM
+
+    from gptoughts.inference.loading import load_model
+    from gptoughts.platform import device
+
+    loaded = load_model(ours)
+    ids = loaded.tokenizer.encode(text)
+    dtype = next(loaded.model.parameters()).dtype
+    reference: nn.Module = AutoModelForCausalLM.from_pretrained(theirs, dtype=dtype)
+    reference.to(device.current_device()).eval()
+    tokens = torch.tensor([ids], device=device.current_device())
+    with torch.no_grad():
+        expected = reference(tokens).logits.float()
+        found = loaded.model(tokens)[..., : expected.size(-1)].float()
+    return float((found - expected).abs().max() / expected.abs().max())
+
+
+def _print_summary(made: Conversion, way: str) -> None:
+    print(f"{made.folder}: {made.num_parameters:,} parameters, {made.format}, {made.num_files} file(s) of weights")
+    if made.padded_rows:
+        done = "added to" if way == "hf-to-gptoughts" else "left out of"
+        print(f"  {made.padded_rows} rows of padding {done} the vocabulary")
