@@ -40,14 +40,13 @@ from gptoughts.training.metrics import MetricsFile
 from gptoughts.training.trainer import TrainState
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-_RUN_ONLY_FIELDS = ("attention_dropout", "hidden_dropout", "init_method_std", "seq_length")
-"""Fields of a model's configuration that may change between a checkpoint and its resumption."""
 
 
 def model_identity(config: ExperimentConfig) -> dict[str, Any]:
     """What a checkpoint's model must agree on with the present one."""
     fields = dataclasses.asdict(config.model)
-    return {"model_type": config.model_type} | {k: v for k, v in fields.items() if k not in _RUN_ONLY_FIELDS}
+    lasting = {name: value for name, value in fields.items() if name not in config.model.RUN_ONLY_FIELDS}
+    return {"model_type": config.model_type} | lasting
 
 
 @dataclass(frozen=True)
@@ -58,9 +57,15 @@ class ForwardStep:
     token_bytes: torch.Tensor
 
     def __call__(self, chunk: nn.Module, inputs: ModelInputs) -> ForwardOutput:
-        per_token_loss = chunk(inputs.input_ids, inputs.position_ids, None, labels=inputs.labels)
+        per_token_loss = chunk(
+            inputs.input_ids,
+            inputs.position_ids,
+            inputs.attention_mask,
+            labels=inputs.labels,
+            selected_positions=inputs.selected_positions,
+        )
         loss_sum = self.objective.reduce(per_token_loss, inputs.loss_weights)
-        return ForwardOutput(loss_sum, {TARGET_BYTES: bytes_of(inputs.labels, inputs.loss_weights, self.token_bytes)})
+        return ForwardOutput(loss_sum, {TARGET_BYTES: bytes_of(inputs.labels, inputs.is_counted, self.token_bytes)})
 
 
 def precision(config: ExperimentConfig) -> str:
@@ -111,7 +116,7 @@ def build_engine(experiment: Experiment, token_bytes: torch.Tensor) -> tuple[Tra
     """
     config = experiment.config
     family = FAMILIES[config.model_type]
-    objective = family.load_objective()()
+    objective = family.load_objective_builder()(config)
     dtype = DTYPES[precision(config)]
     model = family.load_model_builder()(
         config,
@@ -140,10 +145,12 @@ def build_validation(config: ExperimentConfig, corpus: CorpusInfo, objective: Ob
         num_extra_tokens=objective.num_extra_tokens,
         cache_dir=config.data.cache_dir,
     )
+    wanted = config.train.valid_samples
+    num_samples = len(samples) if wanted < 0 else min(wanted, len(samples))
     validator = Validator(
         samples,
-        config.train.valid_samples,
-        objective=objective,
+        num_samples,
+        objective=objective.for_validation(num_samples),
         batch_size=micro_batch_size(config),
         data_parallel_rank=groups.data_parallel_rank(),
         data_parallel_size=groups.data_parallel_size(),
