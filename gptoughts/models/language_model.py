@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 from megatron.core.models.gpt import GPTModel
@@ -149,7 +150,7 @@ class LanguageModel(GPTModel):
 
 
 @contextmanager
-def _given_whole_sequence(layer: torch.nn.Module) -> Iterator[None]:
+def _given_whole_sequence(layer: Any) -> Iterator[None]:
     """Inside, a column-parallel layer does not gather its input, although sequence parallelism is on."""
     before = layer.sequence_parallel
     layer.sequence_parallel = False

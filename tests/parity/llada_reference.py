@@ -47,9 +47,7 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         b, s, width = x.shape
         normed = self.attention_norm(x)
-        q, k, v = (
-            layer(normed).view(b, s, -1, self.size).transpose(1, 2) for layer in (self.q, self.k, self.v)
-        )
+        q, k, v = (layer(normed).view(b, s, -1, self.size).transpose(1, 2) for layer in (self.q, self.k, self.v))
         q, k = turn(q, self.base), turn(k, self.base)
         k, v = (t.repeat_interleave(self.heads // self.groups, dim=1) for t in (k, v))
         scores = q @ k.transpose(-1, -2) / self.size**0.5
