@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from benchmarks.model_step import fused_adamw
-from gptoughts.config.experiment import ExperimentConfig, ParallelConfig
+from gptoughts.config.experiment import ExperimentConfig, ParallelConfig, TrainConfig
 from gptoughts.models.llada.config import LLaDAConfig
 from gptoughts.models.llada.model import build_model, build_objective
 from gptoughts.objectives.base import ModelInputs
@@ -26,9 +26,10 @@ from gptoughts.parallel import groups
 from gptoughts.platform import device
 
 SHAPE = LLaDAConfig(
-    num_layers=6, hidden_size=384, ffn_hidden_size=1024, num_attention_heads=6, vocab_size=32767, seq_length=512
-)
-"""36M parameters, of which 25M are the two vocabulary matrices."""
+    num_layers=6, hidden_size=384, ffn_hidden_size=1024, num_attention_heads=6, vocab_size=32767, seq_length=512,
+    is_low_discrepancy=True,
+)  # fmt: skip
+"""36M parameters, of which 25M are the two vocabulary matrices; every step masks its fair share."""
 MASKED, FULL = "masked positions", "all positions"
 
 
@@ -61,7 +62,7 @@ class Contestant:
 def compare(precision: str, *, batch_size: int, steps: int, warmup_steps: int) -> dict[str, Any]:
     """Tokens per second of both, their ratio, and the largest relative difference of their losses."""
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    config = ExperimentConfig(model_type="llada", model=SHAPE)
+    config = ExperimentConfig(model_type="llada", model=SHAPE, train=TrainConfig(global_batch_size=batch_size))
     contestants = {name: Contestant(config, dtype, is_selective=name == MASKED) for name in (MASKED, FULL)}
     generator = torch.Generator().manual_seed(0)
     seconds: dict[str, list[float]] = {name: [] for name in contestants}

@@ -118,7 +118,6 @@ def test_all_problems_come_together(tmp_path: Path) -> None:
         (["--config"], "needs the path of a YAML file"),
         (["--deepspeed_config", "/nowhere.json"], "deepspeed_config=/nowhere.json: cannot be used: No such file"),
         (["--model_type", "deepseek"], "model_type=deepseek (command line): unknown family; built are: gpt, mla"),
-        (["--model_type", "llada"], "unknown family; built are: gpt, mla"),
         (["--size", "smal"], "size=smal (command line): no preset of gpt; allowed: debug, small, medium, large, xl; "
                              "did you mean 'small'?"),
         (["--use_fp8", "true"], "use_fp8=true (command line): FP8 is not built"),
