@@ -7,14 +7,13 @@ from pathlib import Path
 
 from gptoughts.checkpoint import layout
 from gptoughts.checkpoint.huggingface.formats import is_huggingface, read_published
-from gptoughts.checkpoint.identity import RUN_ONLY_FIELDS
 from gptoughts.config.cli import from_yaml
 from gptoughts.config.model import ModelConfig
 from gptoughts.errors import CheckpointError, GptoughtsError
 from gptoughts.models.registry import FAMILIES
 
 _FREE_FIELDS = (
-    *RUN_ONLY_FIELDS, "layernorm_epsilon", "rotary_base", "rotary_scaling", "rotary_scaling_factor",
+    "layernorm_epsilon", "rotary_base", "rotary_scaling", "rotary_scaling_factor",
     "rotary_low_freq_factor", "rotary_high_freq_factor", "original_max_position_embeddings",
 )  # fmt: skip
 """Fields that no tensor depends on: a run may start from weights with others (a longer context, for one)."""
@@ -53,5 +52,5 @@ def shape_contradictions(path: str, wanted: ModelConfig) -> list[str]:
     return [
         f"model.{name}={value}: init_from={path} has {there.get(name)}; leave it out"
         for name, value in here.items()
-        if name not in _FREE_FIELDS and value != there.get(name)
+        if name not in {*_FREE_FIELDS, *wanted.RUN_ONLY_FIELDS} and value != there.get(name)
     ]

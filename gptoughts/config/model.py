@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Self
+from typing import ClassVar, Self
 
 VOCABULARY_MULTIPLE = 128
 
@@ -12,6 +12,11 @@ VOCABULARY_MULTIPLE = 128
 @dataclass(frozen=True)
 class ModelConfig:
     """Fields that every family has. A preset fills all of them; flags and YAML override single ones."""
+
+    RUN_ONLY_FIELDS: ClassVar[frozenset[str]] = frozenset(
+        {"attention_dropout", "hidden_dropout", "init_method_std", "seq_length"}
+    )
+    """Fields that may change between a checkpoint and its resumption."""
 
     num_layers: int = 4
     """Transformer layers."""
@@ -48,6 +53,14 @@ class ModelConfig:
     def filled(self) -> Self:
         """This shape with every field that follows from others filled in."""
         return self
+
+    def special_tokens(self) -> dict[str, int]:
+        """Special tokens that the model has to have, whether or not the corpus's tokenizer knows them: name -> id."""
+        return {}
+
+    def output_layer_fraction(self) -> float:
+        """Fraction of a training row's positions that need the output layer, in expectation."""
+        return 1.0
 
     def problems(self) -> list[str]:
         """Everything about this shape that cannot be built, one line each (``field=value: reason``)."""

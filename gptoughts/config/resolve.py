@@ -153,6 +153,8 @@ def resolve(
         inspection = inspect(config)
         problems += inspection.problems
         config = _settle_vocabulary(config, inspection.vocab_size, sources, problems)
+    if not config.model.problems():
+        config = replace(config, model=config.model.filled())  # some of it follows from the vocabulary
     found, data_parallel_size = validate(config, sources, world_size=world_size)
     problems += found
     config, num_microbatches, found = resolve_batch(config, sources, data_parallel_size)
@@ -194,12 +196,10 @@ def _fill(config: ExperimentConfig, sources: dict[str, str]) -> ExperimentConfig
         train = replace(train, precision="bf16")
     if optim.warmup_steps is None:
         optim, sources["optim.warmup_steps"] = replace(optim, warmup_steps=warmup), "from train.steps"
-    model = config.model if config.model.problems() else config.model.filled()
     return replace(
         config,
         train=train,
         optim=optim,
-        model=model,
         grad_clip=1.0 if config.grad_clip is None else config.grad_clip,
         use_fp8=bool(config.use_fp8),
     )

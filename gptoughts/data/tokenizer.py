@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -129,3 +130,42 @@ def load_tokenizer(path: str | Path, *, eod_token: str | None = None) -> Tokeniz
         DataError: Missing, unreadable, empty, or without the named end-of-document token.
     """
     return Tokenizer(tokenizer_file(path), eod_token=eod_token)
+
+
+def with_special_tokens(source: str | Path, tokens: Mapping[str, int], folder: Path) -> Path:
+    """A tokenizer.json that has the named special tokens: the given one where it does, else a copy with them added.
+
+    An id that the tokenizer gives to a special token of another name is taken as that one.
+
+    Args:
+        source: tokenizer.json or a folder with one.
+        tokens: Name -> id.
+        folder: Where a copy goes, with tokenizer_config.json where that lies beside; one process may write it.
+    Raises:
+        DataError: an id belongs to an ordinary token, or is not the one that the tokenizer has (or would give).
+    """
+    file = tokenizer_file(source)
+    backend = Tokenizer(file).backend
+    added = backend.get_added_tokens_decoder()
+    missing = {}
+    for name, token_id in tokens.items():
+        existing = backend.id_to_token(token_id)
+        if existing is not None and not (token_id in added and added[token_id].special):
+            raise DataError(f"tokenizer {str(source)!r}: id {token_id} of {name} is its ordinary token {existing!r}")
+        if existing is None:
+            missing[name] = token_id
+    if not missing:
+        return file
+    for name, token_id in missing.items():
+        backend.add_special_tokens([tokenizers.AddedToken(name, special=True, normalized=False)])
+        if (found := backend.token_to_id(name)) != token_id:
+            raise DataError(
+                f"tokenizer {str(source)!r}: its {name} has id {found}, but the model's has {token_id}; "
+                f"give the model {found}"
+            )
+    folder.mkdir(parents=True, exist_ok=True)
+    backend.save(str(folder / TOKENIZER_FILE))
+    beside = file.parent / TOKENIZER_CONFIG_FILE
+    if beside.is_file():
+        shutil.copyfile(beside, folder / TOKENIZER_CONFIG_FILE)
+    return folder / TOKENIZER_FILE

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from gptoughts.errors import ConfigError, DataError
+from gptoughts.errors import CheckpointError, ConfigError, DataError
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -27,6 +27,25 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def refuse_other_samplers(checkpoint: Path) -> None:
+    """Next-token sampling is for models of the next token.
+
+    Raises:
+        CheckpointError: there is no checkpoint at the path, or its family predicts something else.
+    """
+    from gptoughts.checkpoint import layout
+    from gptoughts.models.registry import FAMILIES
+
+    folder = layout.locate(checkpoint)
+    family = FAMILIES.get(layout.read_manifest(folder).get("model", {}).get("model_type", ""))
+    if family is not None and not family.is_causal:
+        able = ", ".join(name for name, other in FAMILIES.items() if other.is_causal)
+        raise CheckpointError(
+            f"{folder}: is of family {family.name} ({family.summary}), which cannot be sampled token after token; "
+            f"this program continues prompts with: {able}"
+        )
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; returns its exit status.
 
@@ -35,9 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = build_parser().parse_args(argv)
     # Checked before torch loads: a mistake should cost no seconds.
-    from gptoughts.checkpoint import layout
-
-    layout.locate(arguments.checkpoint)
+    refuse_other_samplers(arguments.checkpoint)
     if not arguments.prompt:
         raise DataError("prompt='' (command line): is empty; give at least one character")
 

@@ -21,6 +21,7 @@ from megatron.core.tensor_parallel.mappings import (
     scatter_to_sequence_parallel_region,
 )
 from megatron.core.transformer.attention import SelfAttention as UpstreamSelfAttention
+from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention as UpstreamMLASelfAttention
 from megatron.core.transformer.multi_latent_attention import MLASelfAttentionSubmodules
 from torch import Tensor
@@ -45,6 +46,8 @@ class _CoreCall:
         if packed is not None:
             query, key, value = (x.squeeze(1) for x in (query, key, value))
         mask_type = self.attn_mask_type  # type: ignore[attr-defined]
+        if mask is not None and mask_type is AttnMaskType.no_mask:
+            mask_type = AttnMaskType.arbitrary  # Transformer Engine ignores a mask under no_mask
         if self.checkpoint_core_attention and self.training:  # type: ignore[attr-defined]
             attend = self._checkpointed_attention_forward  # type: ignore[attr-defined]
         else:

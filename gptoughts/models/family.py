@@ -36,7 +36,7 @@ class Family:
     model_builder: str
     """Dotted path ``package.module:function`` of the function that builds the model."""
     objective: str
-    """Dotted path of the objective's class."""
+    """Dotted path of the function that builds the objective from the resolved configuration."""
     is_causal: bool = True
     """Whether a token attends to earlier ones only (halves the cost of attention)."""
 
@@ -44,8 +44,8 @@ class Family:
         """Import and return the builder (torch and megatron-core load here)."""
         return _load(self.model_builder)
 
-    def load_objective(self) -> Any:
-        """Import and return the objective's class."""
+    def load_objective_builder(self) -> Any:
+        """Import and return the function that builds the objective from an ``ExperimentConfig``."""
         return _load(self.objective)
 
 

@@ -3,7 +3,7 @@
 Training costs 2 operations per parameter and token forward and 4 backward (scaling laws, arXiv:2001.08361, section
 2.1), where the embedding's lookup costs nothing and the output layer counts once; attention scores add, per layer,
 6 x s x heads x (query-key size + value size) (12 h s where heads x size = h; PaLM, arXiv:2204.02311, appendix B),
-of which a causal mask needs half.
+of which a causal mask needs half. An objective that predicts only some positions needs the output layer at these alone.
 """
 
 from __future__ import annotations
@@ -39,4 +39,6 @@ def flops_per_token(family: Family, model: ModelConfig, seq_length: int) -> int:
     attention = 6 * model.num_layers * seq_length * model.attention_width()
     if family.is_causal:
         attention //= 2
-    return 6 * count_parameters(family, model).active + attention
+    count = count_parameters(family, model)
+    unneeded_output = round((1.0 - model.output_layer_fraction()) * count.embedding)
+    return 6 * (count.active - unneeded_output) + attention

@@ -6,13 +6,17 @@ Legend: s sequence, b microbatch, h hidden, v vocabulary on this rank.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.packed_seq_params import PackedSeqParams
-from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_parallel_region
+from megatron.core.tensor_parallel.mappings import (
+    gather_from_sequence_parallel_region,
+    gather_from_tensor_model_parallel_region,
+)
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
@@ -85,6 +89,7 @@ class LanguageModel(GPTModel):
         attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
+        selected_positions: Tensor | None = None,
     ) -> Tensor:
         """Loss per token, logits, or on a stage without the output layer its hidden states.
 
@@ -94,6 +99,8 @@ class LanguageModel(GPTModel):
             attention_mask: As in ``SDPACoreAttention.forward``; unset: what the layer spec says (causal or none).
             labels: int64 [b, s], already shifted where the objective shifts.
             packed_seq_params: Lengths of the sequences packed into one row (b = 1).
+            selected_positions: int64 [n], distinct indices into the flattened [b, s]: with labels, the output layer
+                runs at these alone, and the loss elsewhere reads 0.
 
         Returns:
             fp32 [b, s] nats with labels; logits [b, s, whole vocabulary] without; [s, b, h] before the last stage.
@@ -111,6 +118,8 @@ class LanguageModel(GPTModel):
         if not self.post_process:
             return hidden_states
         weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        if labels is not None and selected_positions is not None:
+            return self._selected_loss(hidden_states, labels, selected_positions, weight)
         logits, _ = self.output_layer(hidden_states, weight=weight)
         if labels is None:
             return gather_from_tensor_model_parallel_region(logits).transpose(0, 1)
@@ -123,6 +132,18 @@ class LanguageModel(GPTModel):
         loss = cross_entropy(logits.view(s * b, v), labels.t().reshape(s * b), group)
         return loss.view(s, b).t()
 
+    def _selected_loss(self, hidden_states: Tensor, labels: Tensor, selected: Tensor, weight: Tensor | None) -> Tensor:
+        """Loss [b, s] at the selected positions and 0 elsewhere, of [s, b, h] (s this rank's part, where divided)."""
+        if self.config.sequence_parallel:
+            # The output layer sums its input's gradient over the ranks, so each takes its own part of the whole.
+            hidden_states = gather_from_sequence_parallel_region(hidden_states, tensor_parallel_output_grad=False)
+        b, s = labels.shape
+        rows = hidden_states.flatten(0, 1).index_select(0, selected % s * b + selected // s).unsqueeze(1)
+        with _given_whole_sequence(self.output_layer):
+            logits, _ = self.output_layer(rows, weight=weight)
+        loss = self.compute_language_model_loss(labels.reshape(-1)[None, selected], logits)
+        return loss.new_zeros(b * s).index_copy(0, selected, loss.view(-1)).view(b, s)
+
     def _rotary_table(self, length: int, position_ids: Tensor | None) -> Tensor:
         table = rotary_table(
             max(self.max_sequence_length, length),
@@ -133,6 +154,17 @@ class LanguageModel(GPTModel):
             frequencies=self.rotary_frequencies,
         )
         return table[:, :length] if position_ids is None else table
+
+
+@contextmanager
+def _given_whole_sequence(layer: Any) -> Iterator[None]:
+    """Inside, a column-parallel layer does not gather its input, although sequence parallelism is on."""
+    before = layer.sequence_parallel
+    layer.sequence_parallel = False
+    try:
+        yield
+    finally:
+        layer.sequence_parallel = before
 
 
 def global_parameter_names(model: torch.nn.Module) -> dict[str, Parameter]:

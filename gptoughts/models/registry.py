@@ -5,10 +5,12 @@ from __future__ import annotations
 from gptoughts.models.family import Family
 from gptoughts.models.gpt.config import GPTConfig
 from gptoughts.models.gpt.presets import GPT_PRESETS
+from gptoughts.models.llada.config import LLaDAConfig
+from gptoughts.models.llada.presets import LLADA_PRESETS
 from gptoughts.models.mla.config import MLAConfig
 from gptoughts.models.mla.presets import MLA_PRESETS
 
-_CAUSAL_LM = "gptoughts.objectives.causal_lm:CausalLM"
+_CAUSAL_LM = "gptoughts.objectives.causal_lm:build_objective"
 
 _GPT = Family(
     "gpt", "Llama-style decoder", GPTConfig, GPT_PRESETS, "gptoughts.models.gpt.model:build_model", _CAUSAL_LM
@@ -18,5 +20,10 @@ _MLA = Family(
     "gptoughts.models.mla.model:build_model", _CAUSAL_LM,
 )  # fmt: skip
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (_GPT, _MLA)}
+_LLADA = Family(
+    "llada", "masked-diffusion language model", LLaDAConfig, LLADA_PRESETS,
+    "gptoughts.models.llada.model:build_model", "gptoughts.models.llada.model:build_objective", is_causal=False,
+)  # fmt: skip
+
+FAMILIES: dict[str, Family] = {family.name: family for family in (_GPT, _MLA, _LLADA)}
 """Name -> family; ``--model_type`` takes these names."""

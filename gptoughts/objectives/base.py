@@ -26,6 +26,14 @@ class ModelInputs:
     """fp32 [b, s]: weight of each position's loss; 0 where there is nothing to predict."""
     denominator: Tensor
     """fp64 scalar on the CPU: what this microbatch adds to the step's denominator."""
+    is_counted: Tensor
+    """bool [b, s]: positions that the loss is a mean over, whether or not they are predicted this time."""
+    selected_positions: Tensor | None = None
+    """int64 [n], distinct indices into the flattened [b, s]: the only positions whose loss may have a weight; None:
+    all may."""
+    attention_mask: Tensor | None = None
+    """bool, broadcastable to [b, heads, s, s], True where a query must not look at a key, beyond what the model
+    forbids by itself."""
 
     def to(self, device: torch.device) -> ModelInputs:
         """The same microbatch on ``device`` (the denominator stays on the CPU)."""
@@ -35,6 +43,9 @@ class ModelInputs:
             self.labels.to(device, non_blocking=True),
             self.loss_weights.to(device, non_blocking=True),
             self.denominator,
+            self.is_counted.to(device, non_blocking=True),
+            None if self.selected_positions is None else self.selected_positions.to(device, non_blocking=True),
+            None if self.attention_mask is None else self.attention_mask.to(device, non_blocking=True),
         )
 
 
@@ -65,3 +76,6 @@ class Objective(Protocol):
             ValueError: the shapes differ.
         Collective: none.
         """
+
+    def for_validation(self, num_samples: int) -> Objective:
+        """The objective as validation on ``num_samples`` samples measures it: the same figure for any run's seed."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from gptoughts.config.experiment import ExperimentConfig
 from gptoughts.objectives.base import ModelInputs
 
 
@@ -26,7 +27,12 @@ class CausalLM:
         position_ids = torch.arange(sequence_length, device=tokens.device).expand(batch_size, -1)
         loss_weights = torch.ones(labels.shape, dtype=torch.float32, device=tokens.device)
         return ModelInputs(
-            input_ids, position_ids, labels, loss_weights, torch.tensor(float(labels.numel()), dtype=torch.float64)
+            input_ids,
+            position_ids,
+            labels,
+            loss_weights,
+            torch.tensor(float(labels.numel()), dtype=torch.float64),
+            is_counted=torch.ones(labels.shape, dtype=torch.bool, device=tokens.device),
         )
 
     def reduce(self, per_token_loss: Tensor, loss_weights: Tensor) -> Tensor:
@@ -36,3 +42,12 @@ class CausalLM:
                 f"per_token_loss {tuple(per_token_loss.shape)} and loss_weights {tuple(loss_weights.shape)} differ"
             )
         return (per_token_loss.float() * loss_weights).sum()
+
+    def for_validation(self, num_samples: int) -> CausalLM:
+        """The same: there is no noise to fix."""
+        return self
+
+
+def build_objective(config: ExperimentConfig) -> CausalLM:
+    """The objective of a resolved run; next-token prediction has no options."""
+    return CausalLM()

@@ -94,16 +94,17 @@ class Validator:
         inputs = self._objective.prepare(tokens, torch.tensor(indices))
         is_real = torch.tensor([index < self._num_samples for index in indices])
         weights = inputs.loss_weights * is_real[:, None]
+        is_counted = inputs.is_counted & is_real[:, None]
         counted = inputs.denominator * float(is_real.sum()) / self._batch_size
-        return replace(inputs, loss_weights=weights, denominator=counted).to(self._device)
+        return replace(inputs, loss_weights=weights, denominator=counted, is_counted=is_counted).to(self._device)
 
 
-def bytes_of(labels: Tensor, loss_weights: Tensor, token_bytes: Tensor) -> Tensor:
+def bytes_of(labels: Tensor, is_counted: Tensor, token_bytes: Tensor) -> Tensor:
     """UTF-8 bytes that the counted labels [b, s] stand for: fp32 scalar.
 
     Args:
         labels: int64 [b, s].
-        loss_weights: fp32 [b, s]; positions of weight 0 do not count.
+        is_counted: bool [b, s].
         token_bytes: UTF-8 bytes of each token id, int64 [vocabulary], on the labels' device.
     """
-    return (token_bytes[labels] * (loss_weights > 0)).sum().float()
+    return (token_bytes[labels] * is_counted).sum().float()

@@ -17,8 +17,9 @@ from gptoughts.config.cli import to_yaml
 from gptoughts.config.experiment import ExperimentConfig
 from gptoughts.config.resolve import Experiment
 from gptoughts.data.corpus import CorpusInfo, inspect_corpus
-from gptoughts.data.tokenizer import tokenizer_file
+from gptoughts.data.tokenizer import with_special_tokens
 from gptoughts.engine.lr_schedule import build_schedule
+from gptoughts.errors import DataError
 from gptoughts.models.flops import count_parameters
 from gptoughts.models.registry import FAMILIES
 from gptoughts.parallel import groups
@@ -96,7 +97,7 @@ def _run(experiment: Experiment, run_folder: Path, stop: StopRequests, extra_cal
         config.checkpoint.keep_last,
         to_yaml(config),
         model_identity(config),
-        tokenizer_file(corpus.tokenizer) if corpus.tokenizer else None,
+        carried_tokenizer(config, corpus, run_folder),
     )
     state = TrainState()
     reader = manager.find(config.resume)
@@ -142,6 +143,30 @@ def _run(experiment: Experiment, run_folder: Path, stop: StopRequests, extra_cal
     for line in conclusion(config, trainer, validation, stop.reason):
         console.print(line)
     return 0
+
+
+def carried_tokenizer(config: ExperimentConfig, corpus: CorpusInfo, run: Path) -> Path | None:
+    """The tokenizer that checkpoints carry: the corpus's, with the special tokens that the model adds to it.
+
+    Raises:
+        DataError: on every rank, where the tokenizer cannot have them.
+    Collective: every rank of the world.
+    """
+    if corpus.tokenizer is None:
+        return None
+    found: list[Path | list[str] | None] = [None]
+    if dist.get_rank() == 0:
+        try:
+            tokens = config.model.special_tokens()
+            found = [with_special_tokens(corpus.tokenizer, tokens, run / "tokenizer")]
+        except DataError as error:
+            found = [error.problems]
+        except OSError as error:
+            found = [[f"{run / 'tokenizer'}: cannot be written: {error.strerror}"]]
+    dist.broadcast_object_list(found, src=0)
+    if isinstance(found[0], list):
+        raise DataError(found[0])
+    return found[0]
 
 
 def announcement(experiment: Experiment, corpus: CorpusInfo) -> list[str]:

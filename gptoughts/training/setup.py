@@ -50,9 +50,15 @@ class ForwardStep:
     token_bytes: torch.Tensor
 
     def __call__(self, chunk: nn.Module, inputs: ModelInputs) -> ForwardOutput:
-        per_token_loss = chunk(inputs.input_ids, inputs.position_ids, None, labels=inputs.labels)
+        per_token_loss = chunk(
+            inputs.input_ids,
+            inputs.position_ids,
+            inputs.attention_mask,
+            labels=inputs.labels,
+            selected_positions=inputs.selected_positions,
+        )
         loss_sum = self.objective.reduce(per_token_loss, inputs.loss_weights)
-        return ForwardOutput(loss_sum, {TARGET_BYTES: bytes_of(inputs.labels, inputs.loss_weights, self.token_bytes)})
+        return ForwardOutput(loss_sum, {TARGET_BYTES: bytes_of(inputs.labels, inputs.is_counted, self.token_bytes)})
 
 
 def precision(config: ExperimentConfig) -> str:
@@ -121,7 +127,7 @@ def build_engine(experiment: Experiment, token_bytes: torch.Tensor) -> tuple[Tra
     """
     config = experiment.config
     family = FAMILIES[config.model_type]
-    objective = family.load_objective()()
+    objective = family.load_objective_builder()(config)
     dtype = DTYPES[precision(config)]
     model = family.load_model_builder()(
         config,
@@ -150,10 +156,12 @@ def build_validation(config: ExperimentConfig, corpus: CorpusInfo, objective: Ob
         num_extra_tokens=objective.num_extra_tokens,
         cache_dir=config.data.cache_dir,
     )
+    wanted = config.train.valid_samples
+    num_samples = len(samples) if wanted < 0 else min(wanted, len(samples))
     validator = Validator(
         samples,
-        config.train.valid_samples,
-        objective=objective,
+        num_samples,
+        objective=objective.for_validation(num_samples),
         batch_size=micro_batch_size(config),
         data_parallel_rank=groups.data_parallel_rank(),
         data_parallel_size=groups.data_parallel_size(),

@@ -10,7 +10,7 @@ import tokenizers
 from transformers import AutoTokenizer
 
 from gptoughts.data import train_tokenizer
-from gptoughts.data.tokenizer import load_tokenizer
+from gptoughts.data.tokenizer import load_tokenizer, with_special_tokens
 from gptoughts.errors import ConfigError, DataError
 from tests.data.conftest import TRAINING_TEXT, VOCAB_SIZE
 
@@ -107,3 +107,33 @@ def test_training_is_reproducible(tmp_path: Path, tokenizer_folder: Path) -> Non
     ]
     train_tokenizer.main(words)
     assert (tmp_path / "tokenizer.json").read_bytes() == (tokenizer_folder / "tokenizer.json").read_bytes()
+
+
+def test_special_tokens_are_added_to_a_copy(tokenizer_folder: Path, tmp_path: Path) -> None:
+    before = load_tokenizer(tokenizer_folder)
+    file = with_special_tokens(tokenizer_folder, {"[MASK]": before.vocab_size}, tmp_path / "copy")
+    after = load_tokenizer(file)
+    assert file.parent == tmp_path / "copy"
+    assert after.backend.token_to_id("[MASK]") == before.vocab_size == after.vocab_size - 1
+    assert after.eod_id == before.eod_id
+    assert after.token_byte_lengths()[before.vocab_size] == 0
+    assert after.decode([before.vocab_size], skip_special=True) == ""
+
+
+def test_a_tokenizer_that_has_them_is_taken_as_it_is(tokenizer_folder: Path, tmp_path: Path) -> None:
+    before = load_tokenizer(tokenizer_folder)
+    assert with_special_tokens(tokenizer_folder, {}, tmp_path / "copy") == before.file
+    assert before.eod_id is not None
+    assert with_special_tokens(tokenizer_folder, {"[MASK]": before.eod_id}, tmp_path / "copy") == before.file
+    assert not (tmp_path / "copy").exists()
+
+
+def test_special_tokens_that_do_not_fit_are_refused(tokenizer_folder: Path, tmp_path: Path) -> None:
+    size = load_tokenizer(tokenizer_folder).vocab_size
+    with pytest.raises(DataError, match="ordinary token"):
+        with_special_tokens(tokenizer_folder, {"[MASK]": size - 1}, tmp_path / "copy")
+    with pytest.raises(DataError, match=f"has id {size}, but the model's has {size + 5}"):
+        with_special_tokens(tokenizer_folder, {"[MASK]": size + 5}, tmp_path / "copy")
+    extended = with_special_tokens(tokenizer_folder, {"[MASK]": size}, tmp_path / "copy")
+    with pytest.raises(DataError, match=f"has id {size}, but the model's has {size + 1}"):
+        with_special_tokens(extended, {"[MASK]": size + 1}, tmp_path / "again")

@@ -29,14 +29,20 @@ def test_a_preset_is_sound(family, size: str) -> None:
     assert preset.source
     total = count_parameters(family, preset.model).total
     assert total == pytest.approx(preset.num_parameters, rel=0.01)
-    assert total == pytest.approx(NOMINAL[size], rel=0.1)
-    assert preset.model.vocab_size == preset.model.padded_vocab_size == (8192 if size == "debug" else 32768)
+    if size in NOMINAL:
+        assert total == pytest.approx(NOMINAL[size], rel=0.1)
+        assert preset.model.padded_vocab_size == (8192 if size == "debug" else 32768)
+        num_own_tokens = len(preset.model.special_tokens())
+        assert preset.model.vocab_size == preset.model.padded_vocab_size - num_own_tokens
     for tensor in (1, 2, 4):
         assert all(count % tensor == 0 for count in preset.model.tensor_parallel_divisors().values())
 
 
 @pytest.mark.parametrize(("family", "size"), CASES, ids=lambda v: getattr(v, "name", v))
 def test_a_preset_keeps_to_its_table(family, size: str) -> None:
+    if size not in NOMINAL:
+        assert "huggingface.co" in family.presets[size].source
+        return
     if size == "debug":
         assert family.presets[size].model.seq_length == 512
         return
@@ -44,7 +50,7 @@ def test_a_preset_keeps_to_its_table(family, size: str) -> None:
     preset = family.presets[size]
     model = preset.model.filled()
     assert (model.num_layers, model.hidden_size, model.num_attention_heads, preset.lr) == (layers, width, heads, lr)
-    assert getattr(model, "kv_channels" if family.name == "gpt" else "v_head_dim") == head_size
+    assert getattr(model, "kv_channels" if hasattr(model, "kv_channels") else "v_head_dim") == head_size
     assert model.ffn_hidden_size == -(-8 * width // 3 // 256) * 256
 
 

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from gptoughts.config.experiment import ExperimentConfig
 from gptoughts.config.model import ModelConfig
 from gptoughts.models.family import Family
 from gptoughts.models.registry import FAMILIES
@@ -28,7 +29,8 @@ def test_an_entry_is_whole(family: Family) -> None:
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=lambda f: f.name)
 def test_builder_and_objective_load(family: Family) -> None:
     assert callable(family.load_model_builder())
-    assert hasattr(family.load_objective(), "prepare")
+    config = ExperimentConfig(model=family.presets["debug"].model)
+    assert hasattr(family.load_objective_builder()(config), "prepare")
 
 
 def test_the_registry_loads_no_heavy_library() -> None:

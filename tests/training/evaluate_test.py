@@ -27,7 +27,7 @@ class SumOfLabels:
     def eval_step(self, microbatches: Sequence[ModelInputs]) -> StepResult:
         loss = sum(float((m.labels * m.loss_weights).sum()) for m in microbatches)
         count = sum(float(m.denominator) for m in microbatches)
-        num_bytes = sum(float(bytes_of(m.labels, m.loss_weights, TOKEN_BYTES)) for m in microbatches)
+        num_bytes = sum(float(bytes_of(m.labels, m.is_counted, TOKEN_BYTES)) for m in microbatches)
         return StepResult(loss, count, 0.0, False, {TARGET_BYTES: num_bytes}, {})
 
 

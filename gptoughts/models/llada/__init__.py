@@ -1,0 +1,1 @@
+"""Family ``llada``: a masked-diffusion language model."""

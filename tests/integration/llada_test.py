@@ -1,0 +1,56 @@
+"""Whole runs of a masked-diffusion model: mask token, validation bound, and what cannot be done with it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from gptoughts.checkpoint import layout
+from gptoughts.config.cli import from_yaml
+from gptoughts.data.tokenizer import load_tokenizer
+from gptoughts.models.registry import FAMILIES
+from gptoughts.training.metrics import read_metrics
+from gptoughts.training.pretrain import main
+from tests.distributed import run_distributed
+from tests.integration.conftest import TINY, Corpus, run_program
+
+LLADA = [word for word in TINY if not word.startswith("--model_type")] + ["--model_type=llada"]
+
+
+def pretrain(corpus: Corpus, run: Path, *arguments: str) -> None:
+    assert run_distributed(main, 1, [*LLADA, f"--data={corpus.prefix}", f"--output_dir={run}", *arguments]) == [0]
+
+
+def test_a_run_carries_its_mask_token_and_is_refused_by_the_autoregressive_sampler(
+    corpus: Corpus, tmp_path: Path
+) -> None:
+    pretrain(corpus, tmp_path, "--train.steps=2", "--train.stop_after_steps=1")
+    pretrain(corpus, tmp_path, "--train.steps=2")
+    folder = layout.list_checkpoints(tmp_path)[-1]
+    config = from_yaml((folder / layout.CONFIG).read_text(), FAMILIES)
+    assert config.model.special_tokens() == {"[MASK]": 512}, "the first id beyond the corpus's 512 tokens"
+    carried, original = load_tokenizer(folder / layout.TOKENIZER), load_tokenizer(corpus.tokenizer)
+    assert carried.backend.token_to_id("[MASK]") == 512
+    assert carried.vocab_size == original.vocab_size + 1
+    assert carried.eod_id == original.eod_id
+    text = "def read(path): [MASK]"
+    assert carried.encode(text) == original.encode(text), "a text that mentions the mask token is plain text"
+    assert carried.decode(carried.encode(text)) == text
+    last = read_metrics(tmp_path / "metrics.jsonl")[-1]
+    assert last["step"] == 2
+    assert last["valid_loss"] > 0
+    assert last["valid_bits_per_byte"] > 0
+
+    refused = run_program("launchers/generate.py", "--checkpoint", str(tmp_path), "--prompt", "def")
+    assert refused.returncode == 2
+    assert refused.stdout == ""
+    assert "family llada (masked-diffusion language model)" in refused.stderr
+    assert "Traceback" not in refused.stderr
+
+
+def test_validation_does_not_depend_on_the_batch(corpus: Corpus, tmp_path: Path) -> None:
+    """With (next to) no learning rate the weights stay as they were, and the bound with its fixed noise too."""
+    found = []
+    for name, batch_size in (("a", 2), ("b", 4)):
+        pretrain(corpus, tmp_path / name, "--train.steps=1", "--optim.lr=1e-12", f"--batch_size={batch_size}")
+        found.append(read_metrics(tmp_path / name / "metrics.jsonl")[-1]["valid_loss"])
+    assert abs(found[0] - found[1]) < 1e-5 * found[0]
