@@ -40,6 +40,7 @@ setup(
             "gptoughts-pretrain=gptoughts.training.pretrain:main",
             "gptoughts-preprocess-data=gptoughts.data.preprocess:main",
             "gptoughts-train-tokenizer=gptoughts.data.train_tokenizer:main",
+            "gptoughts-convert-checkpoint=gptoughts.inference.convert_checkpoint:main",
             "gptoughts-doctor=gptoughts.platform.doctor:main",
         ]
     },

@@ -119,8 +119,8 @@ def test_all_problems_come_together(tmp_path: Path) -> None:
         (["--deepspeed_config", "/nowhere.json"], "deepspeed_config=/nowhere.json: cannot be used: No such file"),
         (["--model_type", "deepseek"], "model_type=deepseek (command line): unknown family; built are: gpt, mla"),
         (["--model_type", "llada"], "unknown family; built are: gpt, mla"),
-        (["--size", "smal"], "size=smal (command line): no preset of gpt; allowed: debug, small, medium, large, xl; "
-                             "did you mean 'small'?"),
+        (["--size", "smal"], "size=smal (command line): no preset of gpt; allowed: debug, small, medium, large, xl, "
+                             "llama-3-8b; did you mean 'small'?"),
         (["--use_fp8", "true"], "use_fp8=true (command line): FP8 is not built"),
         (["--optim.schedule", "linear"], "expected one of cosine, wsd, constant"),
         (["--model.vocab_size", "0"], "model.vocab_size=0 (command line): must be greater than 0"),
