@@ -35,6 +35,13 @@ def train_tokenizer() -> NoReturn:
     run_main(main)
 
 
+def convert_checkpoint() -> NoReturn:
+    """``tools/convert_checkpoint.py``."""
+    from gptoughts.inference.convert_checkpoint import main
+
+    run_main(main)
+
+
 def plot_run() -> NoReturn:
     """``tools/plot_run.py``."""
     from gptoughts.training.plot import main

@@ -97,7 +97,7 @@ def import_problems(folder: TensorFolder, entries: Sequence[Entry]) -> list[str]
             problems.append(f"{name}: dtype {found.dtype}; allowed: {', '.join(DTYPES)}")
     for name in folder.headers:
         if name == _OUTPUT_LAYER and name not in expected:
-            if not torch.equal(folder.read(name), folder.read(_EMBEDDING)):
+            if _EMBEDDING in folder.headers and not torch.equal(folder.read(name), folder.read(_EMBEDDING)):
                 problems.append(f"{name}: is not the embedding, although tie_word_embeddings=true")
         elif name not in expected and not is_ignorable(name):
             problems.append(f"{name}: unknown to this format")
