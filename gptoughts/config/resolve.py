@@ -18,6 +18,11 @@ from gptoughts.config.validate import resolve_batch, validate
 WARMUP_FRACTION, MIN_WARMUP_STEPS, MAX_WARMUP_STEPS = 0.02, 10, 2000
 
 
+def default_warmup_steps(steps: int) -> int:
+    """Warmup of a run of ``steps`` updates where none is asked for; never longer than the run."""
+    return min(steps, max(MIN_WARMUP_STEPS, min(MAX_WARMUP_STEPS, round(WARMUP_FRACTION * steps))))
+
+
 @dataclass(frozen=True)
 class Inspection:
     """What a look at the disk adds: corpus, tokenizer, output folder."""
@@ -189,8 +194,7 @@ def _settle_length(values: dict[str, Any], sources: dict[str, str], problems: li
 
 def _fill(config: ExperimentConfig, sources: dict[str, str]) -> ExperimentConfig:
     """Fill in what has a default that follows from other values."""
-    steps = config.train.steps
-    warmup = min(steps, max(MIN_WARMUP_STEPS, min(MAX_WARMUP_STEPS, round(WARMUP_FRACTION * steps))))
+    warmup = default_warmup_steps(config.train.steps)
     train, optim = config.train, config.optim
     if train.precision is None:
         train = replace(train, precision="bf16")

@@ -16,18 +16,10 @@ import math
 from collections.abc import Callable
 
 from gptoughts.config.experiment import OptimConfig
+from gptoughts.config.resolve import default_warmup_steps
 
 Schedule = Callable[[int], float]
 """step (updates already applied) -> learning rate of the next update."""
-
-WARMUP_FRACTION = 0.02
-MIN_WARMUP_STEPS = 10
-MAX_WARMUP_STEPS = 2000
-
-
-def default_warmup_steps(steps: int) -> int:
-    """Warmup of a run of ``steps`` updates where none is asked for; never longer than the run."""
-    return min(steps, max(MIN_WARMUP_STEPS, min(MAX_WARMUP_STEPS, round(WARMUP_FRACTION * steps))))
 
 
 def build_schedule(optim: OptimConfig, *, steps: int) -> Schedule:

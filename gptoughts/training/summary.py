@@ -24,10 +24,12 @@ def memory_per_rank(experiment: Experiment, num_parameters: int) -> dict[str, in
     shard = num_parameters / experiment.config.parallel.tensor
     width = 4 if precision == "fp32" else 2
     stage = experiment.zero_stage
+    accumulated = experiment.deepspeed.get("data_types", {}).get("grad_accum_dtype", "fp32")
+    gradient_width = 4 if accumulated == "fp32" else 2
     master = 0 if precision == "fp32" and stage == 0 else 4
     return {
         "parameters": int(shard * width / (size if stage >= 3 else 1)),
-        "gradients": int(shard * width / (size if stage >= 2 else 1)),
+        "gradients": int(shard * gradient_width / (size if stage >= 2 else 1)),
         "optimizer": int(shard * (8 + master) / (size if stage >= 1 else 1)),
     }
 
