@@ -6,8 +6,9 @@ Legend: s sequence, b microbatch, h hidden, v vocabulary on this rank.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
+from typing import TypeVar
 
 import torch
 from megatron.core.models.gpt import GPTModel
@@ -20,10 +21,13 @@ from torch.nn import Parameter
 
 from gptoughts.config.experiment import ExperimentConfig
 from gptoughts.models.cross_entropy import cross_entropy
+from gptoughts.models.expert_load import finish_step
 from gptoughts.models.initialization import Gathered, initialize_parameters, keep_as_is
 from gptoughts.models.rotary import rotary_table
+from gptoughts.models.rotary_scaling import YarnScaling
 from gptoughts.parallel import groups
 
+AnyTensor = TypeVar("AnyTensor", bound=Tensor)
 ConstructionContext = Callable[[], AbstractContextManager[object]]
 
 _LAYER = re.compile(r"(?<=decoder\.layers\.)\d+(?=\.)")
@@ -39,6 +43,7 @@ class LanguageModel(GPTModel):
         seq_length: Longest sequence, in tokens.
         rotary_dim: Size of a head's rotary part.
         rotary_base: Base of its wavelengths.
+        rotary_scaling: Changes them for long sequences.
         share_embeddings_and_output_weights: One matrix for both ends.
         pre_process: This stage embeds tokens.
         post_process: This stage makes logits.
@@ -55,6 +60,7 @@ class LanguageModel(GPTModel):
         rotary_dim: int,
         rotary_base: float,
         share_embeddings_and_output_weights: bool,
+        rotary_scaling: YarnScaling | None = None,
         pre_process: bool = True,
         post_process: bool = True,
         vp_stage: int | None = None,
@@ -74,6 +80,7 @@ class LanguageModel(GPTModel):
         )
         self.rotary_dim = rotary_dim
         self.rotary_base = rotary_base
+        self.rotary_scaling = rotary_scaling
 
     def forward(  # type: ignore[override]
         self,
@@ -120,12 +127,22 @@ class LanguageModel(GPTModel):
         loss = cross_entropy(logits.view(s * b, v), labels.t().reshape(s * b), group)
         return loss.view(s, b).t()
 
+    def after_step(self, is_applied: bool) -> dict[str, float]:
+        """What a step leaves to do that no gradient does (biases of routers); returns figures for the log.
+
+        Args:
+            is_applied: False where the optimizer skipped the update.
+
+        Collective: tensor- and data-parallel ranks together, where there are experts.
+        """
+        return finish_step(self, is_applied=is_applied)
+
     def _rotary_table(self, length: int, position_ids: Tensor | None) -> Tensor:
         covered = max(self.max_sequence_length, length)
-        if position_ids is None:
-            table = rotary_table(covered, self.rotary_dim, self.rotary_base, self.config.params_dtype)
-            return table[:, :length]
-        return rotary_table(covered, self.rotary_dim, self.rotary_base, self.config.params_dtype, position_ids)
+        table = rotary_table(
+            covered, self.rotary_dim, self.rotary_base, self.config.params_dtype, position_ids, self.rotary_scaling
+        )
+        return table[:, :length] if position_ids is None else table
 
 
 def global_parameter_names(model: torch.nn.Module) -> dict[str, Parameter]:
@@ -133,18 +150,28 @@ def global_parameter_names(model: torch.nn.Module) -> dict[str, Parameter]:
 
     A parameter that two modules share (tied embeddings) appears once, under its first name.
     """
+    return _globally_named(model, model.named_parameters())
+
+
+def global_buffer_names(model: torch.nn.Module) -> dict[str, Tensor]:
+    """Buffers that belong in a checkpoint (biases of routers), by names like those of parameters."""
+    persistent = model.state_dict(keep_vars=True)
+    return _globally_named(model, ((name, buffer) for name, buffer in model.named_buffers() if name in persistent))
+
+
+def _globally_named(model: torch.nn.Module, tensors: Iterable[tuple[str, AnyTensor]]) -> dict[str, AnyTensor]:
     first_layers = {
         name: module.layer_number - 1  # type: ignore[union-attr,operator]
         for name, module in model.named_modules()
         if re.search(r"decoder\.layers\.\d+$", name)
     }
-    names: dict[str, Parameter] = {}
-    for name, parameter in model.named_parameters():
+    names: dict[str, AnyTensor] = {}
+    for name, tensor in tensors:
         match = _LAYER.search(name)
         if match:
             number = first_layers[name[: match.end()]]
             name = f"{name[: match.start()]}{number}{name[match.end() :]}"
-        names[name] = parameter
+        names[name] = tensor
     return names
 
 
@@ -154,6 +181,7 @@ def build_language_model(
     block_spec: TransformerBlockSubmodules,
     *,
     rotary_dim: int,
+    rotary_scaling: YarnScaling | None = None,
     pre_process: bool = True,
     post_process: bool = True,
     vp_stage: int | None = None,
@@ -167,6 +195,7 @@ def build_language_model(
         transformer_config: Its model in megatron-core's terms.
         block_spec: Layers of this stage and the final norm.
         rotary_dim: Size of a head's rotary part.
+        rotary_scaling: Changes its wavelengths for long sequences.
         pre_process: This stage embeds tokens.
         post_process: This stage makes logits.
         vp_stage: Virtual pipeline stage.
@@ -184,6 +213,7 @@ def build_language_model(
             seq_length=config.block_size or model.seq_length,
             rotary_dim=rotary_dim,
             rotary_base=model.rotary_base,
+            rotary_scaling=rotary_scaling,
             share_embeddings_and_output_weights=not model.untie_embeddings_and_output_weights,
             pre_process=pre_process,
             post_process=post_process,
@@ -201,4 +231,10 @@ def build_language_model(
     return language_model
 
 
-__all__ = ["ConstructionContext", "LanguageModel", "build_language_model", "global_parameter_names"]
+__all__ = [
+    "ConstructionContext",
+    "LanguageModel",
+    "build_language_model",
+    "global_buffer_names",
+    "global_parameter_names",
+]

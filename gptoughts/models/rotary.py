@@ -20,19 +20,35 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from gptoughts.models.rotary_scaling import YarnScaling
 from gptoughts.platform import device as platform_device
 
 
 @lru_cache(maxsize=32)
-def _table(length: int, dim: int, base: float, device: torch.device, dtype: torch.dtype) -> Tensor:
+def _table(
+    length: int, dim: int, base: float, device: torch.device, dtype: torch.dtype, scaling: YarnScaling | None
+) -> Tensor:
     with torch.inference_mode(False):
         # fp64 angles: fp32 loses a turn's low digits at long positions.
-        inverse = base ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+        if scaling is None:
+            inverse = base ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+        else:
+            inverse = scaling.inverse_frequencies(dim, base)
         angles = torch.outer(torch.arange(length, dtype=torch.float64), inverse)
-        return torch.stack((angles.cos(), angles.sin())).to(device, dtype)
+        table = torch.stack((angles.cos(), angles.sin()))
+        if scaling is not None:
+            table *= scaling.amplitude
+        return table.to(device, dtype)
 
 
-def rotary_table(length: int, dim: int, base: float, dtype: torch.dtype, positions: Tensor | None = None) -> Tensor:
+def rotary_table(
+    length: int,
+    dim: int,
+    base: float,
+    dtype: torch.dtype,
+    positions: Tensor | None = None,
+    scaling: YarnScaling | None = None,
+) -> Tensor:
     """cos and sin of every angle, on this process's device.
 
     Args:
@@ -41,11 +57,12 @@ def rotary_table(length: int, dim: int, base: float, dtype: torch.dtype, positio
         base: Base of the wavelengths.
         dtype: Dtype of the heads that will be turned.
         positions: int64 [b, s], each below ``length``; unset: 0 ... length-1 for every sequence.
+        scaling: Changes frequencies and amplitude for long sequences.
 
     Returns:
         [2, s, b, 1, d/2] for given positions, else [2, length, 1, 1, d/2]; index 0 is cos, 1 is sin.
     """
-    table = _table(length, dim, float(base), platform_device.current_device(), dtype)
+    table = _table(length, dim, float(base), platform_device.current_device(), dtype, scaling)
     if positions is None:
         return table[:, :, None, None, :]
     return table[:, positions.t()].unsqueeze(3)
