@@ -15,12 +15,12 @@ MODEL_TYPE  ?= mla
 SIZE        ?= debug
 STEPS       ?= 300
 RANKS       ?= $(if $(filter-out 0,$(GPUS)),$(GPUS),2)
-CORPUS      ?= data_cache/stdlib
 RUN         ?= runs/$(MODEL_TYPE)-$(SIZE)
 DS_CONFIG   ?= ds_configs/zero3.json
 PROMPT      ?= def read_lines(path):
 ARGS        ?=
 VOCAB_SIZE  ?= 8192
+CORPUS      ?= data_cache/stdlib-$(VOCAB_SIZE)
 
 # Ranks on one CPU share its cores; DeepSpeed finds its compiler helper (ninja) on PATH.
 export OMP_NUM_THREADS ?= $(shell echo $$(( $(CORES) / $(RANKS) > 0 ? $(CORES) / $(RANKS) : 1 )))
@@ -63,7 +63,7 @@ $(DATA)_train.idx $(DATA)_valid.idx &: $(TOKENIZER) | $(INSTALLED)
 corpus: $(DATA)_train.idx  ## tokenizer and indexed files of the default corpus (Python's standard library)
 
 pretrain: $(INSTALLED) corpus  ## the main job: train, print a sample, draw the loss curve; run again to go on
-	$(BIN)/deepspeed --num_accelerators $(RANKS) launchers/pretrain.py --model_type $(MODEL_TYPE) --size $(SIZE) \
+	$(BIN)/deepspeed --log_level warning --num_accelerators $(RANKS) launchers/pretrain.py --model_type $(MODEL_TYPE) --size $(SIZE) \
 	  --data $(DATA) --deepspeed_config $(DS_CONFIG) --output_dir $(RUN) --train.steps $(STEPS) $(ARGS)
 	@$(MAKE) --no-print-directory sample
 

@@ -37,10 +37,12 @@ setup(
     },
     entry_points={
         "console_scripts": [
-            "gptoughts-pretrain=gptoughts.training.pretrain:main",
-            "gptoughts-preprocess-data=gptoughts.data.preprocess:main",
-            "gptoughts-train-tokenizer=gptoughts.data.train_tokenizer:main",
-            "gptoughts-doctor=gptoughts.platform.doctor:main",
+            "gptoughts-pretrain=gptoughts.training.console:pretrain",
+            "gptoughts-generate=gptoughts.training.console:generate",
+            "gptoughts-preprocess-data=gptoughts.training.console:preprocess_data",
+            "gptoughts-train-tokenizer=gptoughts.training.console:train_tokenizer",
+            "gptoughts-plot-run=gptoughts.training.console:plot_run",
+            "gptoughts-doctor=gptoughts.training.console:doctor",
         ]
     },
 )

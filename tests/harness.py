@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -48,9 +49,11 @@ def toy_experiment(family: str, layout: Layout, folder: Path, *, steps: int = 20
     """A run of the family's debug preset with two narrow layers, a byte vocabulary and AdamW's eps at 1e-4."""
     folder.mkdir(parents=True, exist_ok=True)
     config = folder / f"ds-{layout}.json"
-    config.write_text(
-        json.dumps({"zero_optimization": {"stage": layout.zero}, "bf16": {"enabled": layout.precision == "bf16"}})
-    )
+    content = {"zero_optimization": {"stage": layout.zero}, "bf16": {"enabled": layout.precision == "bf16"}}
+    # Every rank writes it: no rank may see another's half-written file.
+    own = config.with_suffix(f".{os.getpid()}")
+    own.write_text(json.dumps(content))
+    os.replace(own, config)
     batch_size = SAMPLES_PER_STEP // (layout.data * layout.accumulation)
     arguments = [
         f"--model_type={family}", "--size=debug", f"--deepspeed_config={config}", f"--output_dir={folder / 'run'}",

@@ -39,7 +39,7 @@ class DataConfig:
     cache_dir: str | None = None
     """Folder for megatron-core's index caches; unset: a folder beside the corpus."""
     prefetch_steps: int = 2
-    """Steps whose batches a background thread reads ahead."""
+    """Steps whose batches a background thread reads ahead; 0: each batch is read when it is needed."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class TrainConfig:
     precision: Literal["fp32", "bf16", "fp16"] | None = None
     """Precision of forward and backward; unset: the JSON's bf16/fp16 block, else bf16."""
     valid_interval_steps: int = 100
-    """Validate every so many steps (and at the end); 0 switches it off."""
+    """Validate every so many steps (and at the end); 0: at the end only."""
     valid_samples: int = 64
     """Samples per validation, the same ones each time; -1 takes the whole validation corpus."""
     deterministic: bool = True

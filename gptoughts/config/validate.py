@@ -33,11 +33,11 @@ def _model_problems(config: ExperimentConfig, sources: Mapping[str, str]) -> lis
 
 
 _AT_LEAST_ONE = (
-    "block_size", "parallel.tensor", "parallel.pipeline", "data.prefetch_steps", "log.interval_steps", "train.steps",
+    "block_size", "parallel.tensor", "parallel.pipeline", "log.interval_steps", "train.steps",
 )  # fmt: skip
 _POSITIVE = ("parallel.timeout_seconds", "optim.lr", "optim.eps")
 _NOT_NEGATIVE = (
-    "grad_clip", "optim.warmup_steps", "optim.weight_decay", "train.valid_interval_steps",
+    "grad_clip", "data.prefetch_steps", "optim.warmup_steps", "optim.weight_decay", "train.valid_interval_steps",
     "checkpoint.interval_steps", "checkpoint.keep_last",
 )  # fmt: skip
 _FRACTIONS = ("optim.min_lr_fraction", "optim.decay_fraction")
@@ -60,6 +60,9 @@ def _range_problems(config: ExperimentConfig, sources: Mapping[str, str]) -> lis
             value = value_at(config, name)
             if value is not None and not is_right(value):
                 problems.append(f"{name}={value} ({sources[name]}): {text}")
+    for name, text in (("output_dir", config.output_dir), ("resume", config.resume)):
+        if not text:
+            problems.append(f"{name}= ({sources[name]}): is empty")
     stop, steps, warmup = config.train.stop_after_steps, config.train.steps, config.optim.warmup_steps
     if stop is not None and not 1 <= stop <= steps:
         source = sources["train.stop_after_steps"]

@@ -20,7 +20,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from hashlib import blake2b
 from itertools import islice
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 
 import jsonargparse
@@ -92,6 +92,11 @@ def _encoded(tasks: Iterator[Task], settings: EncodeSettings, workers: int) -> I
                 "a worker process ended abruptly (out of memory?); try fewer --workers; running the same command "
                 "again goes on where this one was"
             ) from error
+        except KeyboardInterrupt:
+            # Their work is in the journal or will be done again; waiting for pieces in flight would take seconds.
+            for process in active_children():
+                process.terminate()
+            raise
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 

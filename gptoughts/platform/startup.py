@@ -27,8 +27,10 @@ _NEVER_BYTES = 2**31 - 1
 def prepare_process() -> None:
     """Choose DeepSpeed's accelerator, share the cores among the ranks of this host, keep the terminal readable.
 
-    What the user has set (``DS_ACCELERATOR``, ``OMP_NUM_THREADS``) stays.
+    What the user has set (``DS_ACCELERATOR``, ``OMP_NUM_THREADS``, ``WANDB_MODE``) stays.
     """
+    # A compute node often has no way out, and wandb would wait for one: `wandb sync` uploads later.
+    os.environ.setdefault("WANDB_MODE", "offline")
     for message, category in _UNNEEDED_WARNINGS:
         warnings.filterwarnings("ignore", message=message, category=category)
     is_first = os.environ.get("RANK", "0") == "0"

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from gptoughts.checkpoint.layout import write_atomically
-from gptoughts.errors import DataError
+from gptoughts.errors import DataError, PlatformError
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -41,19 +41,35 @@ class MetricsFile:
     Args:
         run: The run's folder.
         resumed_step: Step that the run goes on from; lines of later steps, which will be run again, are dropped.
+    Raises:
+        DataError: there is such a file, and it is damaged.
+        PlatformError: the disk is full or gone.
     """
 
     def __init__(self, run: Path, *, resumed_step: int) -> None:
         self.path = run / METRICS_FILE
-        if self.path.exists():
-            kept = [line for line in read_metrics(self.path) if line["step"] <= resumed_step]
-            write_atomically(self.path, "".join(json.dumps(line) + "\n" for line in kept))
-        self._file = self.path.open("a", encoding="utf-8")
+        try:
+            if self.path.exists():
+                kept = [line for line in read_metrics(self.path) if line["step"] <= resumed_step]
+                write_atomically(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+            self._file = self.path.open("a", encoding="utf-8")
+        except OSError as error:
+            raise self._cannot_be_written(error) from None
 
     def write(self, line: Mapping[str, Any]) -> None:
-        """Append one line and hand it to the operating system at once."""
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+        """Append one line and hand it to the operating system at once.
+
+        Raises:
+            PlatformError: the disk is full or gone.
+        """
+        try:
+            self._file.write(json.dumps(line) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise self._cannot_be_written(error) from None
+
+    def _cannot_be_written(self, error: OSError) -> PlatformError:
+        return PlatformError(f"{self.path}: cannot be written: {error.strerror}", is_rank_local=True)
 
     def close(self) -> None:
         """Close the file."""

@@ -12,7 +12,7 @@ from gptoughts.config.cli import load_experiment
 from gptoughts.config.experiment import ExperimentConfig
 from gptoughts.config.resolve import Inspection
 from gptoughts.data.corpus import inspect_corpus
-from gptoughts.errors import CheckpointError, DataError
+from gptoughts.errors import CheckpointError, ConfigError, DataError
 from gptoughts.models.registry import FAMILIES
 
 
@@ -32,7 +32,7 @@ def inspect(config: ExperimentConfig) -> Inspection:
         except DataError as error:
             problems += error.problems
     try:
-        layout.candidates(Path(config.output_dir), config.resume)
+        layout.candidates(Path(config.output_dir), config.resume or "auto")
     except CheckpointError as error:
         problems += [f"--resume {line}" for line in error.problems]
     problems += _output_problems(Path(config.output_dir))
@@ -53,6 +53,13 @@ def _output_problems(folder: Path) -> list[str]:
     return []
 
 
+def _world_size() -> int:
+    text = os.environ.get("WORLD_SIZE", "1")
+    if not text.isdecimal() or int(text) < 1:
+        raise ConfigError(f"WORLD_SIZE={text} (environment): a number of ranks is expected, 1 or more")
+    return int(text)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; returns its exit status.
 
@@ -60,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         GptoughtsError: whatever the user can mend.
     """
     arguments = sys.argv[1:] if argv is None else list(argv)
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    world_size = _world_size()
     experiment = load_experiment(arguments, FAMILIES, world_size=world_size, inspect=inspect)
     if experiment.dry_run:
         from gptoughts.training.summary import print_summary
@@ -70,9 +77,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if not experiment.config.data.train:
         raise DataError("data.train is empty: name a corpus with --data PREFIX (tools/preprocess_data.py makes one)")
+    from gptoughts.training.signals import launcher_ancestors
+
+    # Before seconds of imports, in which the launcher may go.
+    launchers = launcher_ancestors()
     from gptoughts.platform.startup import prepare_process
 
     prepare_process()
     from gptoughts.training.run import run
 
-    return run(experiment)
+    return run(experiment, launchers=launchers)

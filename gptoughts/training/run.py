@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
+import psutil
 import torch.distributed as dist
 from rich.console import Console
 
+from gptoughts.checkpoint import layout
 from gptoughts.checkpoint.manager import CheckpointManager
 from gptoughts.config.cli import to_yaml
 from gptoughts.config.experiment import ExperimentConfig
@@ -15,7 +18,6 @@ from gptoughts.config.resolve import Experiment
 from gptoughts.data.corpus import CorpusInfo, inspect_corpus
 from gptoughts.data.tokenizer import tokenizer_file
 from gptoughts.engine.lr_schedule import build_schedule
-from gptoughts.errors import CheckpointError
 from gptoughts.models.flops import count_parameters
 from gptoughts.models.registry import FAMILIES
 from gptoughts.parallel import groups
@@ -24,12 +26,14 @@ from gptoughts.platform.extension_locks import clear_stale_locks
 from gptoughts.training.callbacks import ValidationCallback
 from gptoughts.training.metrics import METRICS_FILE
 from gptoughts.training.plot import draw_runs
+from gptoughts.training.run_folder import on_rank_zero, open_run, set_aside
 from gptoughts.training.setup import (
     build_callbacks,
     build_engine,
     build_loader,
     build_validation,
-    check_device,
+    check_machine,
+    is_monitored,
     model_identity,
     precision,
     read_token_bytes,
@@ -39,41 +43,52 @@ from gptoughts.training.signals import StopRequests
 from gptoughts.training.trainer import Callback, Trainer, TrainState
 
 
-def run(experiment: Experiment, *, extra_callbacks: Sequence[Callback] = ()) -> int:
+def run(
+    experiment: Experiment,
+    *,
+    launchers: Sequence[psutil.Process] | None = None,
+    extra_callbacks: Sequence[Callback] = (),
+) -> int:
     """Train as configured; returns the exit status.
 
     Args:
         experiment: What to do.
+        launchers: As ``signals.launcher_ancestors`` found them when the process began; unset: it looks now.
         extra_callbacks: Run after our own, on every rank.
     Raises:
         GptoughtsError: whatever the user can mend.
     Collective: every rank of the world.
     """
     config = experiment.config
-    check_device(config)
+    check_machine(experiment)
     if not device.is_cuda():
         clear_stale_locks()
-    with StopRequests() as stop:
+    with StopRequests(launchers) as stop:
         if config.train.deterministic:
             determinism.enable()
         is_world_ours = not dist.is_initialized()
         groups.initialize(config.parallel, seed=config.seed)
         try:
-            return _run(experiment, stop, extra_callbacks)
+            with open_run(Path(config.output_dir)) as run_folder:
+                return _run(experiment, run_folder, stop, extra_callbacks)
         finally:
             if is_world_ours:
                 groups.destroy()
 
 
-def _run(experiment: Experiment, stop: StopRequests, extra_callbacks: Sequence[Callback]) -> int:
+def _run(experiment: Experiment, run_folder: Path, stop: StopRequests, extra_callbacks: Sequence[Callback]) -> int:
     config = experiment.config
     console = Console(quiet=dist.get_rank() != 0, highlight=False, soft_wrap=True)
-    run_folder = open_run(config)
     corpus = inspect_corpus(config.data, seq_length=seq_length(config))
     console.print(to_yaml(config).rstrip())
     for line in announcement(experiment, corpus):
         console.print(line)
     token_bytes = read_token_bytes(corpus.tokenizer, config.model.padded_vocab_size)
+    if is_monitored(experiment, "wandb"):
+        # DeepSpeed hands wandb no folder (monitor/wandb.py, 0.19.8), and wandb falls back to the current one.
+        folder = run_folder / "monitor"
+        on_rank_zero(run_folder, lambda: folder.mkdir(exist_ok=True))
+        os.environ.setdefault("WANDB_DIR", str(folder.absolute()))
     engine, objective, names = build_engine(experiment, token_bytes)
     manager = CheckpointManager(
         run_folder,
@@ -88,6 +103,14 @@ def _run(experiment: Experiment, stop: StopRequests, extra_callbacks: Sequence[C
         saved = manager.restore(reader, engine, list(names))
         state = TrainState(**{key: saved[key] for key in state.as_dict()})
         console.print(f"resumed from {reader.folder} (step {state.step})")
+
+    def claim() -> None:
+        aside = set_aside(run_folder, resumed_from=reader.folder if reader else None, step=state.step)
+        if aside is not None:
+            console.print(f"checkpoints that this run does not go on from are in {aside} now")
+        layout.write_atomically(run_folder / layout.CONFIG, to_yaml(config))
+
+    on_rank_zero(run_folder, claim)
     validation = build_validation(config, corpus, objective)
     callbacks = build_callbacks(experiment, engine, validation, manager, state, console)
     trainer = Trainer(
@@ -104,7 +127,8 @@ def _run(experiment: Experiment, stop: StopRequests, extra_callbacks: Sequence[C
         callbacks=[*callbacks, *extra_callbacks],
     )
     if state.step >= trainer.last_step:
-        console.print(f"all {state.step} steps are done already; a larger --train.steps extends the run")
+        option = "train.steps" if state.step >= config.train.steps else "train.stop_after_steps"
+        console.print(f"all {state.step} steps are done already; a larger --{option} extends the run")
     try:
         trainer.train()
     finally:
@@ -112,27 +136,6 @@ def _run(experiment: Experiment, stop: StopRequests, extra_callbacks: Sequence[C
     for line in conclusion(config, trainer, validation, stop.reason):
         console.print(line)
     return 0
-
-
-def open_run(config: ExperimentConfig) -> Path:
-    """Make the run's folder and store the resolved configuration in it (rank 0); all ranks learn of a failure.
-
-    Raises:
-        CheckpointError: on every rank, where the folder cannot be written.
-    Collective: every rank of the world.
-    """
-    run = Path(config.output_dir)
-    problem: list[str | None] = [None]
-    if dist.get_rank() == 0:
-        try:
-            run.mkdir(parents=True, exist_ok=True)
-            (run / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
-        except OSError as error:
-            problem = [f"output_dir={run}: cannot be written: {error.strerror}"]
-    dist.broadcast_object_list(problem, src=0)
-    if problem[0]:
-        raise CheckpointError(problem[0])
-    return run
 
 
 def announcement(experiment: Experiment, corpus: CorpusInfo) -> list[str]:
@@ -158,7 +161,8 @@ def conclusion(
     run = Path(config.output_dir)
     if trainer.was_stopped:
         why = stop_reason or "a request on another rank"
-        lines.append(f"stopped at step {trainer.state.step} by {why}; the same command goes on from there")
+        command = "the same command" if config.resume == "auto" else "the same command with --resume auto"
+        lines.append(f"stopped at step {trainer.state.step} by {why}; {command} goes on from there")
     if validation is not None and validation.last is not None:
         found = validation.last
         per_byte = "" if found.bits_per_byte is None else f", {found.bits_per_byte:.4f} bits per byte"

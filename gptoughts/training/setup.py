@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import sys
 from dataclasses import dataclass
 from typing import Any
@@ -81,16 +82,34 @@ def micro_batch_size(config: ExperimentConfig) -> int:
     return config.batch_size
 
 
-def check_device(config: ExperimentConfig) -> None:
-    """The second pass over the configuration: what only the device can tell.
+_MONITOR_PACKAGES = {"wandb": "wandb", "tensorboard": "tensorboard"}
+"""Block of DeepSpeed's JSON -> package that it needs."""
+
+
+def is_monitored(experiment: Experiment, name: str) -> bool:
+    """Whether the JSON switches a monitor on."""
+    return bool(experiment.deepspeed.get(name, {}).get("enabled"))
+
+
+def check_machine(experiment: Experiment) -> None:
+    """The second pass over the configuration: what only the device and the installation can tell.
 
     Raises:
-        ConfigError: the device cannot run what was asked for.
+        ConfigError: the device cannot run what was asked for, or a package is missing.
     """
+    config, problems = experiment.config, []
     if not device.supports_precision(DTYPES[precision(config)]):
-        raise ConfigError(
+        problems.append(
             f"train.precision={precision(config)}: {device.describe()} cannot run it; allowed here: fp32, bf16"
         )
+    for name, package in _MONITOR_PACKAGES.items():
+        if is_monitored(experiment, name) and importlib.util.find_spec(package) is None:
+            problems.append(
+                f"{config.deepspeed_config}: {name}.enabled=true needs the package {package!r}, which is not "
+                f"installed; pip install {package}, or switch it off"
+            )
+    if problems:
+        raise ConfigError(problems)
 
 
 def read_token_bytes(tokenizer: str | None, size: int) -> torch.Tensor:

@@ -10,6 +10,7 @@ import logging
 import os
 import signal
 import threading
+from collections.abc import Sequence
 from types import FrameType
 
 import psutil
@@ -41,11 +42,14 @@ class StopRequests:
     """Collects requests to stop while training runs.
 
     Args:
+        launchers: Processes without which this one is to stop; unset: :func:`launcher_ancestors`.
         grace_seconds: How long a rank may go on saving after its launcher died before it is ended for good.
     """
 
-    def __init__(self, *, grace_seconds: float = 300.0) -> None:
+    def __init__(self, launchers: Sequence[psutil.Process] | None = None, *, grace_seconds: float = 300.0) -> None:
+        self._launchers = launcher_ancestors() if launchers is None else list(launchers)
         self.reason: str | None = None
+        self._was_interrupted = False
         self._grace_seconds = grace_seconds
         self._former: dict[int, object] = {}
         self._done = threading.Event()
@@ -53,9 +57,8 @@ class StopRequests:
     def __enter__(self) -> StopRequests:
         for number in SIGNALS:
             self._former[number] = signal.signal(number, self._on_signal)
-        ancestors = launcher_ancestors()
-        if ancestors:
-            threading.Thread(target=self._watch, args=(ancestors,), name="launcher-watch", daemon=True).start()
+        if self._launchers:
+            threading.Thread(target=self._watch, name="launcher-watch", daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -70,14 +73,16 @@ class StopRequests:
 
     def _on_signal(self, number: int, _: FrameType | None) -> None:
         name = signal.Signals(number).name
-        if number == signal.SIGINT and self.reason == name:
-            os._exit(128 + number)
+        if number == signal.SIGINT:
+            if self._was_interrupted:
+                os._exit(128 + number)
+            self._was_interrupted = True
         if self.reason is None:
             self.reason = name
 
-    def _watch(self, ancestors: list[psutil.Process]) -> None:
+    def _watch(self) -> None:
         while not self._done.wait(_WATCH_INTERVAL_SECONDS):
-            gone = [process.pid for process in ancestors if not _is_alive(process)]
+            gone = [process.pid for process in self._launchers if not _is_alive(process)]
             if gone:
                 self.reason = self.reason or f"launcher (pid {gone[0]}) is gone"
                 break

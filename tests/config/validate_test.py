@@ -81,3 +81,9 @@ def test_derived_fields_are_filled() -> None:
     assert (config.model.num_query_groups, config.model.kv_channels) == (4, 64)
     assert load("--model_type mla --model.q_lora_rank 0").config.model.q_lora_rank is None
     assert load("--train.steps 1000000").config.optim.warmup_steps == 2000
+
+
+def test_texts_that_an_unset_shell_variable_leaves_empty() -> None:
+    found = problems("--output_dir= --resume=")
+    assert "output_dir= (command line): is empty" in found
+    assert "resume= (command line): is empty" in found

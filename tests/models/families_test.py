@@ -16,7 +16,8 @@ from tests.distributed import run_distributed
 from tests.golden import curve
 from tests.harness import Layout, ToyRun, run_layout, step_microbatches
 
-FAST = "--optim.lr=3e-3"
+FAST = ("--optim.lr=3e-3", "--optim.eps=1e-8")
+OVERFIT_STEPS = 120
 
 
 def count_built_parameters(family: str, folder: str) -> tuple[int, int]:
@@ -33,9 +34,9 @@ def test_builds_with_the_number_of_parameters_that_flops_says(family: str, tmp_p
 
 
 def overfit_one_batch(family: str, folder: str) -> list[float]:
-    run = ToyRun(family, Layout(extra=(FAST,)), Path(folder), steps=60)
+    run = ToyRun(family, Layout(extra=FAST), Path(folder), steps=OVERFIT_STEPS)
     batch = step_microbatches(run.experiment, run.objective, 0, 0)
-    losses = [run.engine.train_step(batch, lr=run.learning_rate(step), flags={}).loss for step in range(60)]
+    losses = [run.engine.train_step(batch, lr=run.learning_rate(step), flags={}).loss for step in range(OVERFIT_STEPS)]
     run.close()
     return losses
 

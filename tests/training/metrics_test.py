@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from gptoughts.errors import DataError
+from gptoughts.errors import DataError, PlatformError
 from gptoughts.training.metrics import MetricsFile, read_metrics
 
 
@@ -39,3 +39,13 @@ def test_damage_in_the_middle_names_the_line(tmp_path: Path) -> None:
     path.write_text('{"step": 1}\nrubbish\n{"step": 3}\n')
     with pytest.raises(DataError, match=r"metrics\.jsonl:2: not JSON"):
         read_metrics(path)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_is_a_message(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    file = MetricsFile.__new__(MetricsFile)
+    file.path = tmp_path / "metrics.jsonl"
+    file._file = file.path.open("w", encoding="utf-8")
+    with pytest.raises(PlatformError, match=r"metrics\.jsonl: cannot be written: No space left"):
+        file.write({"step": 1})

@@ -9,6 +9,7 @@ import sys
 import textwrap
 import time
 
+import psutil
 import pytest
 
 from gptoughts.training.signals import SIGNALS, StopRequests
@@ -25,12 +26,14 @@ def test_a_signal_raises_the_flag_and_the_handler_goes_back(number: signal.Signa
     assert signal.getsignal(number) is before
 
 
-def test_a_second_interrupt_leaves_at_once() -> None:
+@pytest.mark.parametrize("earlier", ["", "os.kill(os.getpid(), signal.SIGTERM)"], ids=["alone", "after_sigterm"])
+def test_a_second_interrupt_leaves_at_once(earlier: str) -> None:
     program = textwrap.dedent(
-        """
+        f"""
         import os, signal
         from gptoughts.training.signals import StopRequests
         with StopRequests():
+            {earlier}
             os.kill(os.getpid(), signal.SIGINT)
             print("first", flush=True)
             os.kill(os.getpid(), signal.SIGINT)
@@ -63,3 +66,15 @@ def test_a_rank_notices_that_its_launcher_is_gone() -> None:
     started = time.monotonic()
     assert process.stdout.read() == ""  # returns when the orphan has closed its end, that is, has ended
     assert time.monotonic() - started < 30
+
+
+def test_a_launcher_that_went_while_libraries_were_loading_is_missed() -> None:
+    launcher = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    launchers = [psutil.Process(launcher.pid)]
+    launcher.kill()
+    launcher.wait()
+    with StopRequests(launchers, grace_seconds=60) as stop:
+        deadline = time.monotonic() + 20
+        while not stop.is_requested and time.monotonic() < deadline:
+            time.sleep(0.05)
+    assert stop.reason == f"launcher (pid {launcher.pid}) is gone"

@@ -1,0 +1,13 @@
+"""Run every benchmark, each in a process of its own: ``python -m benchmarks``."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+ALL = ("startup", "preprocess", "model_step", "train_step")
+
+if __name__ == "__main__":
+    for name in ALL:
+        print(f"== {name}", flush=True)
+        subprocess.run([sys.executable, "-m", f"benchmarks.{name}"], check=True)
