@@ -2,9 +2,9 @@
 
     python -m benchmarks.moe_step --threads 2
 
-Both models have the same shape (8 routed experts, a token passes 2, and a shared one) and get the same
-steps alternate, so that a noisy machine hits both, and the median step counts. fp32; transformers with its own choice of
-tokens; attention and of how experts run.
+Both models have the same shape (8 routed experts, a token passes 2, and a shared one) and get the same tokens; steps
+alternate, so that a noisy machine hits both, and the median step counts. fp32; transformers with its own choice of
+attention and of how experts run.
 """
 
 from __future__ import annotations
