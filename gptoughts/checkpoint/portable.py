@@ -24,6 +24,7 @@ from gptoughts.errors import CheckpointError
 from gptoughts.parallel import partition
 
 WEIGHT = "weight"
+BUFFER = "buffer"
 _RNG_PREFIX = "rng/"
 
 

@@ -104,6 +104,14 @@ class ModelConfig:
         """Parameters of one layer that a token passes; fewer than all where experts are chosen."""
         return self.layer_parameters()
 
+    def all_layers_parameters(self) -> int:
+        """Parameters of all layers."""
+        return self.num_layers * self.layer_parameters()
+
+    def active_layers_parameters(self) -> int:
+        """Parameters of all layers that a token passes."""
+        return self.num_layers * self.active_layer_parameters()
+
     def embedding_parameters(self) -> int:
         """Parameters of the embedding matrix, padding included."""
         return self.padded_vocab_size * self.hidden_size
@@ -111,4 +119,4 @@ class ModelConfig:
     def total_parameters(self) -> int:
         """Parameters of the whole model, padding of the vocabulary included."""
         matrices = 2 if self.untie_embeddings_and_output_weights else 1
-        return matrices * self.embedding_parameters() + self.num_layers * self.layer_parameters() + self.hidden_size
+        return matrices * self.embedding_parameters() + self.all_layers_parameters() + self.hidden_size

@@ -22,7 +22,15 @@ from torch import Tensor, nn
 
 from gptoughts.config.experiment import OptimConfig
 from gptoughts.engine import state
-from gptoughts.engine.interface import ForwardOutput, ForwardStep, Microbatch, StateFragment, StepResult
+from gptoughts.engine.interface import (
+    AfterStep,
+    ForwardOutput,
+    ForwardStep,
+    Microbatch,
+    NamedBuffers,
+    StateFragment,
+    StepResult,
+)
 from gptoughts.engine.optimizer import build_optimizer
 from gptoughts.engine.pipeline import ChunkDispatcher, ChunkProxy, is_last_stage, run_schedule
 from gptoughts.engine.reductions import (
@@ -76,6 +84,8 @@ class TrainEngine:
         deepspeed_json: The resolved DeepSpeed JSON.
         parameter_names: Global name to parameter, each parameter once; the frozen ones may be left out.
         seq_length: Tokens per sequence, for what pipeline stages exchange.
+        named_buffers: What a checkpoint holds beyond parameters.
+        after_step: Called after every update, applied or not.
     Collective: every rank of the world.
     """
 
@@ -88,10 +98,13 @@ class TrainEngine:
         *,
         parameter_names: Mapping[str, nn.Parameter],
         seq_length: int = 1,
+        named_buffers: NamedBuffers = dict,
+        after_step: AfterStep | None = None,
     ) -> None:
         self.chunks: Sequence[nn.Module] = list(chunks)
         self.zero_stage = zero_stage(deepspeed_json)
         self._forward_step = forward_step
+        self._after_step = after_step
         self._parameters = dict(parameter_names)
         self._seq_length = seq_length
         self._micro_batch_size = int(deepspeed_json.get("train_micro_batch_size_per_gpu", 1))
@@ -103,7 +116,7 @@ class TrainEngine:
         for chunk in self.chunks:
             config: Any = chunk.config
             config.grad_scale_func = self._scale_loss if self._is_fp16 else None
-        self._state = state.TrainingState(self.deepspeed, self._parameters)
+        self._state = state.TrainingState(self.deepspeed, self._parameters, named_buffers)
 
     @property
     def device(self) -> torch.device:
@@ -133,13 +146,15 @@ class TrainEngine:
             group["lr"] = lr
         self.deepspeed.step()
         loss_sum, extras = self._sum_losses(losses)
+        is_applied = bool(self.deepspeed.was_step_applied())
         return StepResult(
             loss_sum=loss_sum,
             denominator=denominator,
             grad_norm=float(self.deepspeed.get_global_grad_norm() or 0.0),
-            applied=bool(self.deepspeed.was_step_applied()),
+            applied=is_applied,
             extras=extras,
             flags=summed_flags,
+            figures=self._after_step(is_applied) if self._after_step is not None else {},
         )
 
     def eval_step(self, microbatches: Sequence[Microbatch]) -> StepResult:

@@ -32,6 +32,14 @@ ForwardStep = Callable[[nn.Module, Any], ForwardOutput | Tensor]
 """(chunk, microbatch) -> ForwardOutput on the last pipeline stage, the hidden states on others."""
 
 
+AfterStep = Callable[[bool], Mapping[str, float]]
+"""(whether the update was applied) -> figures for the log, equal on all ranks; what a model does after each step that
+no gradient does. Collective: every rank of the world."""
+
+NamedBuffers = Callable[[], Mapping[str, Tensor]]
+"""() -> tensors that belong in a checkpoint but get no gradient, by global name; the same on every rank."""
+
+
 @dataclass(frozen=True)
 class StepResult:
     """One optimizer step, equal on all ranks."""
@@ -48,6 +56,8 @@ class StepResult:
     """Sums over the global batch of ``ForwardOutput.extras``."""
     flags: Mapping[str, float]
     """Sums over all ranks of the flags handed to ``train_step`` (they ride on its reduction)."""
+    figures: Mapping[str, float] = field(default_factory=dict)
+    """What the model said after the step (``AfterStep``)."""
 
     @property
     def loss(self) -> float:
@@ -66,7 +76,7 @@ class StateFragment:
     name: str
     """Global parameter name (layers numbered over the whole model)."""
     kind: str
-    """"weight" (fp32 master where there is one), "exp_avg", "exp_avg_sq", ..."""
+    """"weight" (fp32 master where there is one), "exp_avg", "exp_avg_sq", or "buffer" (moved by no gradient)."""
     tensor: Tensor
     """1-D view of the live state, fp32; loading copies into it."""
     start: int

@@ -19,7 +19,7 @@ import torch
 from megatron.core import parallel_state
 from torch import Tensor, nn
 
-from gptoughts.engine.interface import StateFragment
+from gptoughts.engine.interface import NamedBuffers, StateFragment
 from gptoughts.engine.optimizer import allocate_state, set_step_count, shard_shape, step_count
 from gptoughts.engine.replicated_optimizer import ReplicatedOptimizer
 from gptoughts.engine.zero_engine import ZeroEngine
@@ -27,6 +27,7 @@ from gptoughts.errors import CheckpointError
 
 WEIGHT = "weight"
 MOMENTS = ("exp_avg", "exp_avg_sq")
+BUFFER = "buffer"
 LOSS_SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
@@ -48,9 +49,13 @@ class TrainingState:
     Args:
         engine: DeepSpeed's engine.
         parameters: Global name to parameter.
+        named_buffers: Makes the table of buffers; asked each time, since moving a model replaces them.
     """
 
-    def __init__(self, engine: ZeroEngine, parameters: Mapping[str, nn.Parameter]) -> None:
+    def __init__(
+        self, engine: ZeroEngine, parameters: Mapping[str, nn.Parameter], named_buffers: NamedBuffers = dict
+    ) -> None:
+        self._named_buffers = named_buffers
         self._optimizer: Any = engine.optimizer
         self._stage = engine.zero_optimization_stage()
         # Any: DeepSpeed and megatron-core keep what they know of a parameter in attributes of it.
@@ -59,7 +64,7 @@ class TrainingState:
         allocate_state(self._basic, self._flat_tensors())
 
     def fragments(self) -> list[StateFragment]:
-        """This rank's pieces, parameter by parameter. Collective: none."""
+        """This rank's pieces, parameter by parameter, then the buffers. Collective: none."""
         is_first_replica = parallel_state.get_data_parallel_group(with_context_parallel=True).rank() == 0
         is_first_shard = parallel_state.get_tensor_model_parallel_rank() == 0
         fragments = []
@@ -79,7 +84,8 @@ class TrainingState:
                         is_owner=(self._stage > 0 or is_first_replica) and (is_divided or is_first_shard),
                     )
                 )
-        return fragments
+        is_first = is_first_replica and is_first_shard
+        return fragments + [_buffer_fragment(name, b, is_first) for name, b in self._named_buffers().items()]
 
     def scalars(self) -> dict[str, Any]:
         """Step count and loss scaler, as numbers that JSON holds. Collective: none."""
@@ -166,3 +172,16 @@ class TrainingState:
                 optimizer._reassign_or_swap_out_partitioned_parameters(group)
             if optimizer.persistent_parameters:
                 optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
+
+
+def _buffer_fragment(name: str, buffer: Tensor, is_owner: bool) -> StateFragment:
+    return StateFragment(
+        name=name,
+        kind=BUFFER,
+        tensor=buffer.detach().view(-1),
+        start=0,
+        shard_shape=tuple(buffer.shape),
+        partition_dim=None,
+        partition_stride=1,
+        is_owner=is_owner,
+    )

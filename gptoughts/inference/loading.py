@@ -10,12 +10,12 @@ import torch
 from torch import nn
 
 from gptoughts.checkpoint import layout
-from gptoughts.checkpoint.portable import CheckpointReader
+from gptoughts.checkpoint.portable import BUFFER, WEIGHT, CheckpointReader
 from gptoughts.config.cli import from_yaml
 from gptoughts.config.experiment import ExperimentConfig, ParallelConfig
 from gptoughts.data.tokenizer import Tokenizer, load_tokenizer
 from gptoughts.errors import CheckpointError
-from gptoughts.models.language_model import global_parameter_names
+from gptoughts.models.language_model import global_buffer_names, global_parameter_names
 from gptoughts.models.registry import FAMILIES
 from gptoughts.parallel import groups
 from gptoughts.platform import device
@@ -55,12 +55,14 @@ def load_model(path: Path) -> LoadedModel:
 
 def _fill(model: nn.Module, reader: CheckpointReader) -> None:
     parameters = global_parameter_names(model)
+    buffers = global_buffer_names(model)
     reader.check_names([], names=parameters)
     with torch.no_grad():
-        for name, parameter in parameters.items():
-            value = reader.full(name)
-            if value.shape != parameter.shape:
-                raise CheckpointError(
-                    f"{reader.folder}: {name} has shape {tuple(value.shape)}, {tuple(parameter.shape)} expected"
-                )
-            parameter.copy_(value)
+        for tensors, kind in ((parameters, WEIGHT), (buffers, BUFFER)):
+            for name, tensor in tensors.items():
+                value = reader.full(name, kind)
+                if value.shape != tensor.shape:
+                    raise CheckpointError(
+                        f"{reader.folder}: {name} has shape {tuple(value.shape)}, {tuple(tensor.shape)} expected"
+                    )
+                tensor.copy_(value)

@@ -23,6 +23,8 @@ class Preset:
     """Peak learning rate that the source used for this size."""
     batch_size: int = 8
     """Default samples per microbatch."""
+    num_active_parameters: int | None = None
+    """Parameters that a token is multiplied with, where the source states them (models with experts)."""
 
 
 @dataclass(frozen=True)

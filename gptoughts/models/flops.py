@@ -30,7 +30,7 @@ def count_parameters(family: Family, model: ModelConfig) -> ParameterCount:
     """Exact parameter counts of the model that ``family`` builds from ``model``."""
     assert isinstance(model, family.config_class), f"{type(model).__name__} is no shape of family {family.name}"
     embedding = model.embedding_parameters()
-    active = embedding + model.num_layers * model.active_layer_parameters() + model.hidden_size
+    active = embedding + model.active_layers_parameters() + model.hidden_size
     return ParameterCount(total=model.total_parameters(), embedding=embedding, active=active)
 
 

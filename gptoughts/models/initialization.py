@@ -22,7 +22,7 @@ from gptoughts.parallel import partition
 Gathered = Callable[[list[Parameter]], AbstractContextManager[object]]
 """Makes parameters whole inside the context and shares what was written (ZeRO-3's GatheredParameters)."""
 
-_RESIDUAL_OUTPUTS = ("linear_proj.weight", "linear_fc2.weight")
+_RESIDUAL_OUTPUTS = ("linear_proj.weight", "linear_fc2.weight", "linear_fc2_weight")
 
 
 def keep_as_is(_parameters: list[Parameter]) -> AbstractContextManager[object]:

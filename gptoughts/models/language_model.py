@@ -6,9 +6,9 @@ Legend: s sequence, b microbatch, h hidden, v vocabulary on this rank.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from megatron.core.models.gpt import GPTModel
@@ -24,10 +24,12 @@ from torch.nn import Parameter
 
 from gptoughts.config.experiment import ExperimentConfig
 from gptoughts.models.cross_entropy import cross_entropy
+from gptoughts.models.expert_load import finish_step
 from gptoughts.models.initialization import Gathered, initialize_parameters, keep_as_is
 from gptoughts.models.rotary import rotary_table
 from gptoughts.parallel import groups
 
+AnyTensor = TypeVar("AnyTensor", bound=Tensor)
 ConstructionContext = Callable[[], AbstractContextManager[object]]
 
 _LAYER = re.compile(r"(?<=decoder\.layers\.)\d+(?=\.)")
@@ -44,6 +46,7 @@ class LanguageModel(GPTModel):
         rotary_dim: Size of a head's rotary part.
         rotary_base: Base of its wavelengths.
         rotary_frequencies: Radians per position of each pair where they are scaled; unset: the base's.
+        rotary_amplitude: What their cos and sin are multiplied by.
         share_embeddings_and_output_weights: One matrix for both ends.
         pre_process: This stage embeds tokens.
         post_process: This stage makes logits.
@@ -61,6 +64,7 @@ class LanguageModel(GPTModel):
         rotary_base: float,
         share_embeddings_and_output_weights: bool,
         rotary_frequencies: tuple[float, ...] | None = None,
+        rotary_amplitude: float = 1.0,
         pre_process: bool = True,
         post_process: bool = True,
         vp_stage: int | None = None,
@@ -81,6 +85,7 @@ class LanguageModel(GPTModel):
         self.rotary_dim = rotary_dim
         self.rotary_base = rotary_base
         self.rotary_frequencies = rotary_frequencies
+        self.rotary_amplitude = rotary_amplitude
 
     def forward(  # type: ignore[override]
         self,
@@ -144,6 +149,16 @@ class LanguageModel(GPTModel):
         loss = self.compute_language_model_loss(labels.reshape(-1)[None, selected], logits)
         return loss.new_zeros(b * s).index_copy(0, selected, loss.view(-1)).view(b, s)
 
+    def after_step(self, is_applied: bool) -> dict[str, float]:
+        """What a step leaves to do that no gradient does (biases of routers); returns figures for the log.
+
+        Args:
+            is_applied: False where the optimizer skipped the update.
+
+        Collective: tensor- and data-parallel ranks together, where there are experts.
+        """
+        return finish_step(self, is_applied=is_applied)
+
     def _rotary_table(self, length: int, position_ids: Tensor | None) -> Tensor:
         table = rotary_table(
             max(self.max_sequence_length, length),
@@ -152,6 +167,7 @@ class LanguageModel(GPTModel):
             self.config.params_dtype,
             position_ids,
             frequencies=self.rotary_frequencies,
+            amplitude=self.rotary_amplitude,
         )
         return table[:, :length] if position_ids is None else table
 
@@ -172,18 +188,28 @@ def global_parameter_names(model: torch.nn.Module) -> dict[str, Parameter]:
 
     A parameter that two modules share (tied embeddings) appears once, under its first name.
     """
+    return _globally_named(model, model.named_parameters())
+
+
+def global_buffer_names(model: torch.nn.Module) -> dict[str, Tensor]:
+    """Buffers that belong in a checkpoint (biases of routers), by names like those of parameters."""
+    persistent = model.state_dict(keep_vars=True)
+    return _globally_named(model, ((name, buffer) for name, buffer in model.named_buffers() if name in persistent))
+
+
+def _globally_named(model: torch.nn.Module, tensors: Iterable[tuple[str, AnyTensor]]) -> dict[str, AnyTensor]:
     first_layers = {
         name: module.layer_number - 1  # type: ignore[union-attr,operator]
         for name, module in model.named_modules()
         if re.search(r"decoder\.layers\.\d+$", name)
     }
-    names: dict[str, Parameter] = {}
-    for name, parameter in model.named_parameters():
+    names: dict[str, AnyTensor] = {}
+    for name, tensor in tensors:
         match = _LAYER.search(name)
         if match:
             number = first_layers[name[: match.end()]]
             name = f"{name[: match.start()]}{number}{name[match.end() :]}"
-        names[name] = parameter
+        names[name] = tensor
     return names
 
 
@@ -194,6 +220,7 @@ def build_language_model(
     *,
     rotary_dim: int,
     rotary_frequencies: tuple[float, ...] | None = None,
+    rotary_amplitude: float = 1.0,
     pre_process: bool = True,
     post_process: bool = True,
     vp_stage: int | None = None,
@@ -208,6 +235,7 @@ def build_language_model(
         block_spec: Layers of this stage and the final norm.
         rotary_dim: Size of a head's rotary part.
         rotary_frequencies: Radians per position of each pair where they are scaled; unset: the base's.
+        rotary_amplitude: What their cos and sin are multiplied by.
         pre_process: This stage embeds tokens.
         post_process: This stage makes logits.
         vp_stage: Virtual pipeline stage.
@@ -226,6 +254,7 @@ def build_language_model(
             rotary_dim=rotary_dim,
             rotary_base=model.rotary_base,
             rotary_frequencies=rotary_frequencies,
+            rotary_amplitude=rotary_amplitude,
             share_embeddings_and_output_weights=not model.untie_embeddings_and_output_weights,
             pre_process=pre_process,
             post_process=post_process,
@@ -243,4 +272,10 @@ def build_language_model(
     return language_model
 
 
-__all__ = ["ConstructionContext", "LanguageModel", "build_language_model", "global_parameter_names"]
+__all__ = [
+    "ConstructionContext",
+    "LanguageModel",
+    "build_language_model",
+    "global_buffer_names",
+    "global_parameter_names",
+]

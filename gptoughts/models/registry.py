@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from gptoughts.models.deepseek.config import DeepSeekConfig
+from gptoughts.models.deepseek.presets import DEEPSEEK_PRESETS
 from gptoughts.models.family import Family
 from gptoughts.models.gpt.config import GPTConfig
 from gptoughts.models.gpt.presets import GPT_PRESETS
@@ -19,11 +21,15 @@ _MLA = Family(
     "mla", "dense decoder with multi-head latent attention", MLAConfig, MLA_PRESETS,
     "gptoughts.models.mla.model:build_model", _CAUSAL_LM,
 )  # fmt: skip
+_DEEPSEEK = Family(
+    "deepseek", "decoder with multi-head latent attention and a fine-grained mixture of experts", DeepSeekConfig,
+    DEEPSEEK_PRESETS, "gptoughts.models.deepseek.model:build_model", _CAUSAL_LM,
+)  # fmt: skip
 
 _LLADA = Family(
     "llada", "masked-diffusion language model", LLaDAConfig, LLADA_PRESETS,
     "gptoughts.models.llada.model:build_model", "gptoughts.models.llada.model:build_objective", is_causal=False,
 )  # fmt: skip
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (_GPT, _MLA, _LLADA)}
+FAMILIES: dict[str, Family] = {family.name: family for family in (_GPT, _MLA, _DEEPSEEK, _LLADA)}
 """Name -> family; ``--model_type`` takes these names."""

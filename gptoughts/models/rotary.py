@@ -25,11 +25,13 @@ from gptoughts.platform import device as platform_device
 
 
 @lru_cache(maxsize=32)
-def _table(length: int, frequencies: tuple[float, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+def _table(
+    length: int, frequencies: tuple[float, ...], amplitude: float, device: torch.device, dtype: torch.dtype
+) -> Tensor:
     with torch.inference_mode(False):
         # fp64 angles: fp32 loses a turn's low digits at long positions.
         angles = torch.outer(torch.arange(length, dtype=torch.float64), torch.tensor(frequencies, dtype=torch.float64))
-        return torch.stack((angles.cos(), angles.sin())).to(device, dtype)
+        return (amplitude * torch.stack((angles.cos(), angles.sin()))).to(device, dtype)
 
 
 def rotary_table(
@@ -40,6 +42,7 @@ def rotary_table(
     positions: Tensor | None = None,
     *,
     frequencies: tuple[float, ...] | None = None,
+    amplitude: float = 1.0,
 ) -> Tensor:
     """cos and sin of every angle, on this process's device.
 
@@ -50,12 +53,13 @@ def rotary_table(
         dtype: Dtype of the heads that will be turned.
         positions: int64 [b, s], each below ``length``; unset: 0 ... length-1 for every sequence.
         frequencies: Radians per position of the d/2 pairs (``rotary_scaling``); unset: the plain ones.
+        amplitude: What cos and sin are multiplied by (``yarn``).
 
     Returns:
         [2, s, b, 1, d/2] for given positions, else [2, length, 1, 1, d/2]; index 0 is cos, 1 is sin.
     """
     frequencies = plain_frequencies(dim, base) if frequencies is None else frequencies
-    table = _table(length, frequencies, platform_device.current_device(), dtype)
+    table = _table(length, frequencies, amplitude, platform_device.current_device(), dtype)
     if positions is None:
         return table[:, :, None, None, :]
     return table[:, positions.t()].unsqueeze(3)

@@ -122,6 +122,7 @@ class MetricsCallback(Callback):
             "consumed_tokens": trainer.state.consumed_tokens,
             "memory_bytes": self._memory_bytes(),
             "seconds": trainer.state.seconds,
+            **newest.result.figures,
         }
         if self._validation is not None:
             line |= self._validation.line(trainer.state.step)

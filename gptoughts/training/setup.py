@@ -23,7 +23,7 @@ from gptoughts.engine.deepspeed_engine import TrainEngine, construction_context,
 from gptoughts.engine.interface import ForwardOutput
 from gptoughts.errors import ConfigError
 from gptoughts.models.flops import flops_per_token
-from gptoughts.models.language_model import global_parameter_names
+from gptoughts.models.language_model import global_buffer_names, global_parameter_names
 from gptoughts.models.registry import FAMILIES
 from gptoughts.objectives.base import ModelInputs, Objective
 from gptoughts.parallel import groups
@@ -142,6 +142,8 @@ def build_engine(experiment: Experiment, token_bytes: torch.Tensor) -> tuple[Tra
         config.optim,
         experiment.deepspeed,
         parameter_names=names,
+        named_buffers=lambda: global_buffer_names(model),
+        after_step=model.after_step,
     )
     return engine, objective, names
 

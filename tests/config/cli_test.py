@@ -117,7 +117,8 @@ def test_all_problems_come_together(tmp_path: Path) -> None:
         (["--config", "/nowhere.yaml"], "config=/nowhere.yaml (command line): cannot be read: No such file"),
         (["--config"], "needs the path of a YAML file"),
         (["--deepspeed_config", "/nowhere.json"], "deepspeed_config=/nowhere.json: cannot be used: No such file"),
-        (["--model_type", "deepseek"], "model_type=deepseek (command line): unknown family; built are: gpt, mla"),
+        (["--model_type", "gtp"], "model_type=gtp (command line): unknown family; built are: gpt, mla, deepseek"),
+        (["--model_type", "llama"], "unknown family; built are: gpt, mla, deepseek, llada"),
         (["--size", "smal"], "size=smal (command line): no preset of gpt; allowed: debug, small, medium, large, xl, "
                              "llama-3-8b; did you mean 'small'?"),
         (["--use_fp8", "true"], "use_fp8=true (command line): FP8 is not built"),
@@ -173,7 +174,7 @@ def test_from_yaml_refuses_what_it_does_not_know() -> None:
     with pytest.raises(ConfigError, match=r"unknown name 'model\.n_embd'"):
         from_yaml("model: {n_embd: 3}", FAMILIES)
     with pytest.raises(ConfigError, match="unknown family"):
-        from_yaml("model_type: deepseek", FAMILIES)
+        from_yaml("model_type: rwkv", FAMILIES)
 
 
 def test_a_saved_configuration_fits_another_number_of_ranks(tmp_path: Path) -> None:

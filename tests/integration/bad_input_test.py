@@ -42,7 +42,7 @@ def pretrain(data: Path, *arguments: str, world_size: int = 1) -> subprocess.Com
     ("arguments", "world_size", "expected"),
     [
         (["--train.stepz=5"], 1, ["train.stepz", "train.steps"]),
-        (["--model_type=deepseek"], 1, ["deepseek", "gpt", "mla"]),
+        (["--model_type=rwkv"], 1, ["rwkv", "gpt", "mla", "deepseek"]),
         (["--parallel.tensor=3"], 3, ["parallel.tensor=3", "num_attention_heads=2", "not divisible by 3"]),
         (["--parallel.tensor=2"], 3, ["world size", "3", "parallel.tensor=2"]),
         (["--data.tokenizer=/nowhere/tokenizer.json"], 1, ["/nowhere/tokenizer.json"]),

@@ -50,8 +50,8 @@ def dense_decoder_spec(
     return decoder_block(decoder_layer(attention, backend), config, backend, vp_stage)
 
 
-def decoder_layer(attention: ModuleSpec, backend: SpecBackend) -> ModuleSpec:
-    """A pre-norm layer around the given attention, with a dense SwiGLU."""
+def decoder_layer(attention: ModuleSpec, backend: SpecBackend, mlp: type[nn.Module] | None = None) -> ModuleSpec:
+    """A pre-norm layer around the given attention and feed-forward half; unset: a dense SwiGLU."""
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
@@ -59,7 +59,7 @@ def decoder_layer(attention: ModuleSpec, backend: SpecBackend) -> ModuleSpec:
             self_attention=attention,
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=backend.norm,
-            mlp=dense_mlp_class(backend),
+            mlp=mlp or dense_mlp_class(backend),
             mlp_bda=get_bias_dropout_add,
         ),
     )

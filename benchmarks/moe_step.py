@@ -1,0 +1,113 @@
+"""Forward, backward and AdamW in a bare loop: our deepseek beside transformers' DeepseekV3ForCausalLM, as a ratio.
+
+    python -m benchmarks.moe_step --threads 2
+
+Both models have the same shape (8 routed experts, a token passes 2, and a shared one) and get the same tokens; steps
+alternate, so that a noisy machine hits both, and the median step counts. fp32; transformers with its own choice of
+attention and of how experts run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from benchmarks.model_step import Step, fused_adamw, measure
+from gptoughts.config.experiment import ExperimentConfig, ParallelConfig
+from gptoughts.models.deepseek.presets import DEEPSEEK_PRESETS
+from gptoughts.parallel import groups
+from gptoughts.platform import device
+
+SHAPE = DEEPSEEK_PRESETS["debug"].model
+
+
+def our_step() -> Step:
+    """One update of our model."""
+    from gptoughts.models.deepseek.model import build_model
+
+    model = build_model(ExperimentConfig(model_type="deepseek", model=SHAPE), params_dtype=torch.float32)
+    optimizer = fused_adamw(model)
+
+    def step(tokens: torch.Tensor) -> float:
+        loss = model(tokens[:, :-1], None, None, tokens[:, 1:]).mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        model.after_step(is_applied=True)
+        return loss.item()
+
+    return step
+
+
+def their_step() -> Step:
+    """One update of transformers' model, its loss as its users call it."""
+    from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+
+    torch.manual_seed(0)
+    config = DeepseekV3Config(
+        num_hidden_layers=SHAPE.num_layers,
+        hidden_size=SHAPE.hidden_size,
+        intermediate_size=SHAPE.ffn_hidden_size,
+        moe_intermediate_size=SHAPE.moe_ffn_hidden_size,
+        num_attention_heads=SHAPE.num_attention_heads,
+        num_key_value_heads=SHAPE.num_attention_heads,
+        n_routed_experts=SHAPE.num_moe_experts,
+        n_shared_experts=SHAPE.moe_shared_expert_intermediate_size // SHAPE.moe_ffn_hidden_size,
+        num_experts_per_tok=SHAPE.moe_router_topk,
+        first_k_dense_replace=SHAPE.first_k_dense_layers,
+        n_group=SHAPE.moe_router_num_groups,
+        topk_group=SHAPE.moe_router_group_topk,
+        routed_scaling_factor=SHAPE.moe_router_topk_scaling_factor,
+        norm_topk_prob=SHAPE.moe_router_normalize_gates,
+        q_lora_rank=SHAPE.q_lora_rank,
+        kv_lora_rank=SHAPE.kv_lora_rank,
+        qk_nope_head_dim=SHAPE.qk_head_dim,
+        qk_rope_head_dim=SHAPE.qk_pos_emb_head_dim,
+        v_head_dim=SHAPE.v_head_dim,
+        vocab_size=SHAPE.vocab_size,
+        max_position_embeddings=SHAPE.seq_length,
+        use_cache=False,
+    )
+    model = DeepseekV3ForCausalLM(config).to(device.current_device())
+    optimizer = fused_adamw(model)
+
+    def step(tokens: torch.Tensor) -> float:
+        logits = model(input_ids=tokens[:, :-1]).logits
+        loss = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss.item()
+
+    return step
+
+
+def main() -> None:
+    """Print one JSON line; ``ratio`` above 1 means that we are faster."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch_size", type=int, default=4, help="samples per step")
+    parser.add_argument("--steps", type=int, default=10, help="timed steps per contestant")
+    parser.add_argument("--warmup_steps", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    groups.initialize(ParallelConfig(), seed=1234)
+    contestants = {"gptoughts": our_step(), "transformers": their_step()}
+    seconds = measure(
+        contestants, batch_size=options.batch_size, steps=options.steps, warmup_steps=options.warmup_steps
+    )
+    tokens = options.batch_size * SHAPE.seq_length
+    result: dict[str, Any] = {
+        "tokens_per_second": {name: round(tokens / value, 1) for name, value in seconds.items()},
+        "ratio": round(seconds["transformers"] / seconds["gptoughts"], 3),
+    }
+    print(json.dumps(result), flush=True)
+    groups.destroy()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,49 @@
+"""YaRN: rotary embeddings for sequences longer than the trained ones (Peng et al., arXiv:2309.00071, section 3.2).
+
+A pair that turns r times over the L original positions keeps its frequency where r > beta_fast, has it divided by the
+factor s where r < beta_slow, and lies on a ramp between. The pair with r turns is
+
+    d ln(L / 2 pi r) / (2 ln base),    rounded outwards at both ends of the ramp.
+
+As DeepSeek publishes it, cos and sin are multiplied by m(mscale) / m(mscale_all_dim) and the scores by
+m(mscale_all_dim)^2, with m(x) = 0.1 x ln s + 1 (github.com/deepseek-ai/DeepSeek-V2, modeling_deepseek.py).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from gptoughts.models.rotary_scaling import plain_frequencies
+
+
+@dataclass(frozen=True)
+class YarnScaling:
+    """YaRN's settings."""
+
+    factor: float
+    original_max_position_embeddings: int
+    beta_fast: float
+    beta_slow: float
+    mscale: float
+    mscale_all_dim: float
+
+    @property
+    def amplitude(self) -> float:
+        """What cos and sin are multiplied by."""
+        return self._magnitude(self.mscale) / self._magnitude(self.mscale_all_dim)
+
+    def frequencies(self, dim: int, base: float) -> tuple[float, ...]:
+        """Radians per position of each of the ``dim / 2`` pairs."""
+        low = max(math.floor(self._pair_turning(self.beta_fast, dim, base)), 0)
+        high = min(math.ceil(self._pair_turning(self.beta_slow, dim, base)), dim - 1)
+        span = float(high - low) if high != low else 0.001  # a ramp of no width is a step
+        stretched = [min(1.0, max(0.0, (pair - low) / span)) for pair in range(dim // 2)]
+        plain = plain_frequencies(dim, base)
+        return tuple(f * (1.0 - part) + f / self.factor * part for f, part in zip(plain, stretched, strict=True))
+
+    def _pair_turning(self, turns: float, dim: int, base: float) -> float:
+        return dim * math.log(self.original_max_position_embeddings / (turns * 2 * math.pi)) / (2 * math.log(base))
+
+    def _magnitude(self, mscale: float) -> float:
+        return 0.1 * mscale * math.log(self.factor) + 1.0
