@@ -60,7 +60,7 @@ def expert_mlp_class(backend: SpecBackend, *, normalize_gates: bool, bias_update
         )
 
     def shared_experts(config: TransformerConfig, tp_group: Any) -> nn.Module:
-        # The second projection takes its width from the configuration alone (transformer/mlp.py:139, 0.16.1).
+        # The second projection takes its width from the configuration alone (transformer/mlp.py:141, 0.16.1).
         config = copy(config)
         config.ffn_hidden_size = config.moe_shared_expert_intermediate_size
         return backend.mlp(config, submodules, ffn_hidden_size=config.ffn_hidden_size, tp_group=tp_group)
