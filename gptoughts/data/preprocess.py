@@ -74,31 +74,29 @@ def _encoded(tasks: Iterator[Task], settings: EncodeSettings, workers: int) -> I
             yield task, encode_task(task, settings)
         return
     waiting: deque[tuple[Task, Future[EncodedTask]]] = deque()
-    with ProcessPoolExecutor(
+    # multiprocessing's tracker is started with these options; after Ctrl-C it would complain of the pool's semaphores.
+    sys.warnoptions.append("ignore:resource_tracker")
+    pool = ProcessPoolExecutor(
         workers, mp_context=get_context("spawn"), initializer=prepare_worker, initargs=(settings.tokenizer,)
-    ) as pool:
-        try:
-            for task in tasks:
-                with _sigint_held():
-                    waiting.append((task, pool.submit(encode_task, task, settings)))
-                if len(waiting) >= workers * _TASKS_IN_FLIGHT_PER_WORKER:
-                    done, future = waiting.popleft()
-                    yield done, future.result()
-            while waiting:
+    )
+    try:
+        for task in tasks:
+            with _sigint_held():
+                waiting.append((task, pool.submit(encode_task, task, settings)))
+            if len(waiting) >= workers * _TASKS_IN_FLIGHT_PER_WORKER:
                 done, future = waiting.popleft()
                 yield done, future.result()
-        except BrokenProcessPool as error:
-            raise DataError(
-                "a worker process ended abruptly (out of memory?); try fewer --workers; running the same command "
-                "again goes on where this one was"
-            ) from error
-        except KeyboardInterrupt:
-            # Their work is in the journal or will be done again; waiting for pieces in flight would take seconds.
-            for process in active_children():
-                process.terminate()
-            raise
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+        while waiting:
+            done, future = waiting.popleft()
+            yield done, future.result()
+    except BrokenProcessPool as error:
+        raise DataError(
+            "a worker process ended abruptly (out of memory?); try fewer --workers; running the same command "
+            "again goes on where this one was"
+        ) from error
+    finally:
+        # Not waited for: after an error or Ctrl-C, pieces in flight would take seconds.
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def preprocess(
@@ -215,7 +213,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             inputs, settings, prefix=options.output_prefix, workers=options.workers, overwrite=options.overwrite
         )
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on from here", file=sys.stderr)
+        print("interrupted; the same command goes on from here", file=sys.stderr, flush=True)
+        workers = active_children()
+        for process in workers:
+            process.kill()
+        if workers:
+            # What is done is in the journal. The pool's threads would wait, up to Python 3.11 for ever, to hand the
+            # killed workers their next pieces: leave without them.
+            os._exit(_INTERRUPTED_STATUS)
         return _INTERRUPTED_STATUS
     if summary is None:
         print(f"{options.output_prefix}: up to date, made from the same inputs, tokenizer and settings")

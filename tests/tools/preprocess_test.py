@@ -289,7 +289,7 @@ def test_disk_full(tmp_path: Path, tokenizer_folder: Path, monkeypatch: pytest.M
 
 def _start_tool(tmp_path: Path, tokenizer_folder: Path) -> subprocess.Popen:
     """The tool in a process group of its own, in the middle of its work."""
-    (tmp_path / "a.txt").write_text("some words\n" * 1_500_000)
+    (tmp_path / "a.txt").write_text("some words\n" * 6_000_000)
     command = [sys.executable, str(ROOT / "tools" / "preprocess_data.py"), "--tokenizer", str(tokenizer_folder)]
     command += ["--input", str(tmp_path / "a.txt"), "--output_prefix", str(tmp_path / "c"), "--workers", "2"]
     process = subprocess.Popen(
