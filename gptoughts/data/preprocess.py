@@ -208,13 +208,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         validation_fraction=options.validation_fraction,
         seed=options.seed,
     )
+    others = active_children()
     try:
         summary = preprocess(
             inputs, settings, prefix=options.output_prefix, workers=options.workers, overwrite=options.overwrite
         )
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from here", file=sys.stderr, flush=True)
-        workers = active_children()
+        workers = [process for process in active_children() if process not in others]
         for process in workers:
             process.kill()
         if workers:

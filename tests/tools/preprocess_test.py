@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -166,6 +167,23 @@ def test_interrupted_run_goes_on(tmp_path: Path, tokenizer_folder: Path, monkeyp
         ours, theirs = (json.loads((tmp_path / f"{stem}_{split}.json").read_text()) for stem in ("c", "whole"))
         assert ours | {"tokenizer": ""} == theirs | {"tokenizer": ""}
     assert not [path for path in tmp_path.iterdir() if path.suffix in (".partial", ".journal")]
+
+
+def test_interruption_spares_other_processes(
+    tmp_path: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*arguments: object) -> EncodedTask:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(preprocess, "encode_task", stop)
+    bystander = get_context("spawn").Process(target=time.sleep, args=(60.0,))
+    bystander.start()
+    try:
+        assert _run(tokenizer_folder, tmp_path / "c", TRAINING_TEXT) == 130
+        assert bystander.is_alive()
+    finally:
+        bystander.kill()
+        bystander.join()
 
 
 def test_running_again(tmp_path: Path, tokenizer_folder: Path, capsys: pytest.CaptureFixture) -> None:
