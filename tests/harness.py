@@ -21,7 +21,7 @@ from gptoughts.objectives.base import ModelInputs, Objective
 TEXT = Path(__file__).parent.parent / "LICENSE"
 SEQUENCE = 64
 SAMPLES_PER_STEP = 8
-WORLD_KEYS = ("tensor", "sequence", "data", "zero", "accumulation")
+WORLD_KEYS = ("tensor", "sequence", "data", "expert", "zero", "accumulation")
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,7 @@ class Layout:
     tensor: int = 1
     sequence: bool = False
     data: int = 1
+    expert: int = 1
     zero: int = 0
     accumulation: int = 1
     precision: str = "fp32"
@@ -41,7 +42,9 @@ class Layout:
         return self.tensor * self.data
 
     def __str__(self) -> str:
-        name = f"tp{self.tensor}{'sp' if self.sequence else ''}-dp{self.data}-zero{self.zero}-acc{self.accumulation}"
+        expert = f"-ep{self.expert}" if self.expert > 1 else ""
+        tensor = f"tp{self.tensor}{'sp' if self.sequence else ''}"
+        name = f"{tensor}-dp{self.data}{expert}-zero{self.zero}-acc{self.accumulation}"
         return name if self.precision == "fp32" else f"{name}-{self.precision}"
 
 
@@ -60,7 +63,8 @@ def toy_experiment(family: str, layout: Layout, folder: Path, *, steps: int = 20
         f"--batch_size={batch_size}", f"--train.global_batch_size={SAMPLES_PER_STEP}", f"--block_size={SEQUENCE}",
         "--model.num_layers=2", "--model.vocab_size=256", f"--train.steps={steps}", "--optim.lr=1e-3",
         "--optim.eps=1e-4", "--optim.warmup_steps=5", f"--parallel.tensor={layout.tensor}",
-        f"--parallel.sequence={str(layout.sequence).lower()}", "--grad_clip=0", *layout.extra,
+        f"--parallel.sequence={str(layout.sequence).lower()}", f"--parallel.expert={layout.expert}",
+        "--grad_clip=0", *layout.extra,
     ]  # fmt: skip
     return load_experiment(arguments, FAMILIES, world_size=layout.world_size)
 

@@ -20,6 +20,8 @@ class ParallelConfig:
     """Ranks that share each layer's matrices (tensor parallelism)."""
     pipeline: int = 1
     """Pipeline stages; a later version accepts more than one."""
+    expert: int = 1
+    """Data-parallel ranks that share each layer's routed experts (expert parallelism; needs a model with experts)."""
     sequence: bool = False
     """Shard norms and residuals over the tensor-parallel ranks along the sequence (needs tensor > 1)."""
     timeout_seconds: float = 600.0

@@ -84,6 +84,14 @@ class ModelConfig:
             "padded vocab_size": self.padded_vocab_size,
         }
 
+    def expert_parallel_divisors(self) -> dict[str, int]:
+        """What expert parallelism divides: name -> count, a multiple of ``parallel.expert``; empty: no experts."""
+        return {}
+
+    def expert_parallel_parameters(self) -> int:
+        """Parameters that expert parallelism divides."""
+        return 0
+
     def attention_parameters(self) -> int:
         """Parameters of one layer's attention, with the norms inside it."""
         raise NotImplementedError(f"{type(self).__name__} does not say how large its attention is")

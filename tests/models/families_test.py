@@ -71,6 +71,7 @@ def resume_in_the_middle(family: str, layout: Layout, folder: str) -> tuple[list
     return expected, found, is_equal
 
 
+EXPERT_FAMILIES = [n for n, family in FAMILIES.items() if family.presets["debug"].model.expert_parallel_divisors()]
 DROPOUT = ("--model.hidden_dropout=0.1", "--model.attention_dropout=0.1")
 RESUMES = [
     Layout(extra=DROPOUT),
@@ -79,6 +80,20 @@ RESUMES = [
     Layout(data=2, zero=3, extra=DROPOUT),
     Layout(tensor=2, sequence=True, zero=2, extra=DROPOUT),
 ]
+
+
+EXPERT_RESUMES = [
+    Layout(data=2, expert=2, zero=3, precision="bf16"),
+    pytest.param(Layout(data=2, expert=2, zero=0, precision="bf16", accumulation=2), marks=pytest.mark.slow),
+    pytest.param(Layout(data=4, expert=2, zero=1, precision="bf16"), marks=pytest.mark.slow),
+    pytest.param(Layout(tensor=2, sequence=True, data=2, expert=2, zero=2, extra=DROPOUT), marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize("layout", EXPERT_RESUMES, ids=str)
+@pytest.mark.parametrize("family", EXPERT_FAMILIES)
+def test_save_and_resume_with_divided_experts(family: str, layout: Layout, tmp_path: Path) -> None:
+    test_save_and_resume_is_bitwise_equal(family, layout, tmp_path)
 
 
 @pytest.mark.parametrize("layout", RESUMES, ids=str)

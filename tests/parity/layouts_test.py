@@ -37,6 +37,19 @@ LAYOUTS = [
     Layout(tensor=2, sequence=True, data=2, zero=3, accumulation=2),
     Layout(tensor=2, data=2, zero=1),
 ]
+ALL_GATHER = ("--model.moe_token_dispatcher_type=allgather",)
+EXPERT_LAYOUTS = [
+    *(Layout(data=2, expert=2, zero=zero) for zero in (0, 1, 2, 3)),
+    *(Layout(data=2, expert=2, zero=zero, extra=ALL_GATHER) for zero in (0, 1, 2, 3)),
+    *(Layout(data=2, expert=2, zero=zero, accumulation=4) for zero in (0, 1, 2, 3)),
+    *(Layout(data=4, expert=2, zero=zero, accumulation=2) for zero in (0, 1, 2, 3)),
+    *(Layout(data=4, expert=4, zero=zero) for zero in (0, 1, 2, 3)),
+    *(Layout(data=4, expert=4, zero=zero, extra=ALL_GATHER) for zero in (0, 3)),
+    *(Layout(tensor=2, data=2, expert=2, zero=zero) for zero in (0, 1, 2, 3)),
+    *(Layout(tensor=2, sequence=True, data=2, expert=2, zero=zero) for zero in (0, 1, 2, 3)),
+    *(Layout(tensor=2, sequence=True, data=2, expert=2, zero=zero, extra=ALL_GATHER) for zero in (1, 3)),
+]
+"""For the families with experts."""
 CORE = {
     Layout(zero=3),
     Layout(accumulation=4),
@@ -46,18 +59,23 @@ CORE = {
     Layout(tensor=2),
     Layout(tensor=2, sequence=True, zero=3),
     Layout(tensor=2, sequence=True, data=2, zero=3, accumulation=2),
+    Layout(data=2, expert=2, zero=0, extra=ALL_GATHER),
+    Layout(data=2, expert=2, zero=1),
+    Layout(data=2, expert=2, zero=3, accumulation=4),
+    Layout(tensor=2, sequence=True, data=2, expert=2, zero=2),
 }
 """What every family runs in `make test`; the two that the others are built from run everything there."""
 BASE_FAMILIES = ("gpt", "mla")
+EXPERT_FAMILIES = [n for n, family in FAMILIES.items() if family.presets["debug"].model.expert_parallel_divisors()]
 CASES = [
     pytest.param(
         family,
         layout,
-        id=f"{family}-{layout}",
+        id=f"{family}-{layout}{'-allgather' if layout.extra == ALL_GATHER else ''}",
         marks=() if family in BASE_FAMILIES or layout in CORE else pytest.mark.slow,
     )
     for family in FAMILIES
-    for layout in LAYOUTS
+    for layout in LAYOUTS + (EXPERT_LAYOUTS if family in EXPERT_FAMILIES else [])
 ]
 
 Run = tuple[list[dict[str, Any]], Path]

@@ -7,7 +7,7 @@ layers stay dense (DeepSeekMoE, arXiv:2401.06066; DeepSeek-V2, arXiv:2405.04434;
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from gptoughts.models.mla.config import MLAConfig
 
@@ -15,6 +15,8 @@ from gptoughts.models.mla.config import MLAConfig
 @dataclass(frozen=True)
 class DeepSeekConfig(MLAConfig):
     """Fields of the family ``deepseek``."""
+
+    RUN_ONLY_FIELDS: ClassVar[frozenset[str]] = MLAConfig.RUN_ONLY_FIELDS | {"moe_token_dispatcher_type"}
 
     first_k_dense_layers: int = 1
     """Layers at the bottom whose feed-forward part is dense, ``ffn_hidden_size`` wide."""
@@ -44,6 +46,9 @@ class DeepSeekConfig(MLAConfig):
     """Coefficient of the sequence-wise balance loss; 0: none."""
     moe_z_loss_coeff: float = 0.0
     """Coefficient of the mean squared log-sum-exp of the router's logits; 0: none."""
+    moe_token_dispatcher_type: Literal["allgather", "alltoall"] = "alltoall"
+    """How tokens reach experts on other expert-parallel ranks (``parallel.expert`` of 2 or more): every rank gets all
+    tokens, or each token goes where its experts are. The result is the same."""
     rotary_scaling_factor: float = 1.0
     """YaRN: how many times longer than ``original_max_position_embeddings`` sequences may be; 1: plain rotary."""
     original_max_position_embeddings: int = 4096
@@ -120,6 +125,15 @@ class DeepSeekConfig(MLAConfig):
             "moe_ffn_hidden_size": self.moe_ffn_hidden_size,
             **({"moe_shared_expert_intermediate_size": shared} if shared else {}),
         }
+
+    def expert_parallel_divisors(self) -> dict[str, int]:
+        """The routed experts."""
+        return {"num_moe_experts": self.num_moe_experts}
+
+    def expert_parallel_parameters(self) -> int:
+        """Parameters of the routed experts of all layers."""
+        with_experts = self.num_layers - self.first_k_dense_layers
+        return with_experts * self.num_moe_experts * 3 * self.hidden_size * self.moe_ffn_hidden_size
 
     def layer_parameters(self) -> int:
         """Parameters of one layer with experts, its two norms included (the router's bias is a buffer)."""
