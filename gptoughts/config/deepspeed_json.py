@@ -157,8 +157,8 @@ def expert_parallel_problems(found: DeepSpeedJson, config: ExperimentConfig) -> 
         return []
     # stage_1_and_2.py:863-870 (0.19.8): its other ways to reduce know one group of ranks only.
     return [
-        f"{found.label}: zero_optimization.{key}=false: with parallel.expert={config.parallel.expert} DeepSpeed's stages "
-        "1 and 2 need it; leave the key out"
+        f"{found.label}: zero_optimization.{key}=false: with parallel.expert={config.parallel.expert} DeepSpeed's "
+        "stages 1 and 2 need it; leave the key out"
         for key in ("reduce_scatter", "contiguous_gradients")
         if found.at(f"zero_optimization.{key}") is False
     ]

@@ -178,9 +178,7 @@ def partitioned_construction(deepspeed_json: Mapping[str, Any], dtype: torch.dty
     def enter() -> Any:
         initialize_communication()
         mpu = DeepSpeedMpu()
-        context = _Init(
-            data_parallel_group=mpu.get_data_parallel_group(), config_dict_or_path=config, mpu=mpu
-        )
+        context = _Init(data_parallel_group=mpu.get_data_parallel_group(), config_dict_or_path=config, mpu=mpu)
         # Given as an argument it would be bf16 wherever fp16 is not supported, whatever was asked for: a conditional
         # expression without brackets (runtime/zero/partition_parameters.py:409 of 0.19.8).
         context.dtype = dtype

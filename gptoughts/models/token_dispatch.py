@@ -5,8 +5,8 @@ the same sums, added in another order:
 
 - ``allgather``: each rank gets the tokens of all, runs its experts on those that chose them, and the ranks' parts are
   added on the way back. A rank receives and sends (R - 1) t h numbers each way, whatever the routing.
-- ``alltoall``: a token travels once per chosen expert that is elsewhere, about t k h (R - 1) / R each way where the load
-  is even. Less as soon as k < R; ranks tell each other the counts first.
+- ``alltoall``: a token travels once per chosen expert that is elsewhere, about t k h (R - 1) / R each way where the
+  load is even: less as soon as k < R. Ranks tell each other the counts first.
 
 Gates travel with the tokens, since an expert applies them in its middle. A rank whose experts nobody chose runs them on
 no rows: every rank runs the same modules and collectives in the same order, whatever the routing.
@@ -79,7 +79,11 @@ def dispatch_all_to_all(
     tokens = sent.order // chosen.size(1)
     rows = all_to_all(group, _Taken.apply(x, tokens), in_splits, out_splits)
     row_gates = all_to_all(group, gates.reshape(-1, 1).index_select(0, sent.order), in_splits, out_splits)
-    own = torch.arange(num_local, device=x.device).repeat(group.size()).repeat_interleave(received, output_size=sum(in_splits))
+    own = (
+        torch.arange(num_local, device=x.device)
+        .repeat(group.size())
+        .repeat_interleave(received, output_size=sum(in_splits))
+    )
     output = experts(rows, row_gates, assign(own.unsqueeze(1), num_local))
     return _Summed.apply(all_to_all(group, output, out_splits, in_splits), tokens, x.size(0))
 
@@ -107,7 +111,8 @@ class _Taken(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _sum_rows(grad, *ctx.saved_tensors, ctx.count), None
+        (tokens,) = ctx.saved_tensors
+        return _sum_rows(grad, tokens, ctx.count), None
 
 
 class _Summed(torch.autograd.Function):
@@ -121,4 +126,5 @@ class _Summed(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return grad.index_select(0, *ctx.saved_tensors), None, None
+        (tokens,) = ctx.saved_tensors
+        return grad.index_select(0, tokens), None, None
