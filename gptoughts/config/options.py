@@ -84,6 +84,8 @@ def tree_options(model_class: type[ModelConfig]) -> dict[str, Option]:
 
 def foreign_options(family: FamilyLike, chosen: FamilyLike) -> dict[str, str]:
     """Options that other variants of ``family`` have and ``chosen`` has not: dotted name -> flags that choose one."""
+    if not family.variants:
+        return {}
     own = tree_options(chosen.config_class)
     found: dict[str, str] = {}
     for one in (family, *family.variants):

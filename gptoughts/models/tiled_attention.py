@@ -53,7 +53,6 @@ def tiled_attention(query: Tensor, key: Tensor, value: Tensor, *, scale: float, 
 class _TiledAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float, is_causal: bool) -> Tensor:
-        # The fused kernel wants equal head sizes: zero columns of v give zero columns of the result.
         # The kernel wants equal head sizes; columns of zeros change nothing.
         width = max(query.size(-1), value.size(-1))
         padded = [F.pad(x, (0, width - x.size(-1))) if x.size(-1) < width else x for x in (query, key, value)]
