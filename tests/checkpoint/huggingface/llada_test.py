@@ -39,8 +39,8 @@ CONFIG: dict[str, Any] = {  # the fields of GSAI-ML/LLaDA-8B-Base's config.json,
     "vocab_size": ROWS, "weight_tying": False,
 }  # fmt: skip
 BLOCK = {
-    "attn_norm": "attention_norm", "ff_norm": "feed_forward_norm", "q_proj": "attention.q",
-    "k_proj": "attention.k", "v_proj": "attention.v", "attn_out": "attention.out", "ff_proj": "gate", "up_proj": "up", "ff_out": "down",
+    "attn_norm": "attention_norm", "ff_norm": "feed_forward_norm", "q_proj": "attention.q", "k_proj": "attention.k",
+    "v_proj": "attention.v", "attn_out": "attention.out", "ff_proj": "gate", "up_proj": "up", "ff_out": "down",
 }  # fmt: skip
 CASES: dict[str, dict[str, Any]] = {
     "8b": {},
