@@ -12,7 +12,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn, 
 
 from gptoughts.checkpoint import layout
 from gptoughts.checkpoint.huggingface.formats import CONFIG_FILE, Published
-from gptoughts.checkpoint.huggingface.tensor_files import DTYPES, TensorHeader
+from gptoughts.checkpoint.safetensors_file import DTYPES, TensorHeader
 from gptoughts.config.model import ModelConfig
 from gptoughts.errors import CheckpointError
 
