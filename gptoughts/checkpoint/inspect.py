@@ -6,9 +6,9 @@ import argparse
 import fnmatch
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import yaml
@@ -20,6 +20,8 @@ from rich.table import Table
 from gptoughts.checkpoint import layout
 from gptoughts.checkpoint.portable import KINDS, CheckpointReader
 from gptoughts.errors import CheckpointError
+
+Found = TypeVar("Found")
 
 _DIFFERENT_STATUS = 1
 _FILE_WIDTH = 160
@@ -194,21 +196,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.verify:
         layout.check_files(folder)
     reader = CheckpointReader(folder)
-    status = 0
     if arguments.compare is not None:
-        found: Any = differences(reader, CheckpointReader(layout.locate(arguments.compare)), arguments.match)
-        status = _DIFFERENT_STATUS if found else 0
-        show = _print_differences
-    elif arguments.tensors or arguments.stats or arguments.match != "*":
-        found = _tensor_rows(reader, arguments.kind, arguments.match, arguments.stats)
-        show = _print_rows
+        different = differences(reader, CheckpointReader(layout.locate(arguments.compare)), arguments.match)
+        _show(different, _print_differences, arguments.json, console)
+        return _DIFFERENT_STATUS if different else 0
+    if arguments.tensors or arguments.stats or arguments.match != "*":
+        rows = _tensor_rows(reader, arguments.kind, arguments.match, arguments.stats)
+        _show(rows, _print_rows, arguments.json, console)
     else:
-        found = overview(reader)
-        show = _print_overview  # type: ignore[assignment]
-    if arguments.json:
+        _show(overview(reader), _print_overview, arguments.json, console)
+    if arguments.verify and not arguments.json:
+        console.print(f"{folder}: every file is as it was written")
+    return 0
+
+
+def _show(found: Found, show: Callable[[Found, Console], None], is_json: bool, console: Console) -> None:
+    if is_json:
         print(json.dumps(found, indent=2))
     else:
         show(found, console)
-        if arguments.verify:
-            console.print(f"{folder}: every file is as it was written")
-    return status

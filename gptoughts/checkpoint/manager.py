@@ -98,9 +98,10 @@ class CheckpointManager:
             tensor_size=groups.tensor_parallel_size(),
         )
         file = layout.partial_folder(folder) / layout.shard_file(dist.get_rank())
-        if is_asynchronous:
-            content.detach_from_training(self._buffers)
         writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint-writer")
+        if is_asynchronous:
+            # Forward and backward change nothing of this state, so the copy is made beside them too.
+            engine.before_next_update(writer.submit(content.copy, self._buffers).result)
         record = writer.submit(content.write, file)
         writer.shutdown(wait=not is_asynchronous)
         return PendingSave(folder, {**train_state, "engine": engine.scalar_state()}, record)

@@ -58,20 +58,20 @@ class ShardContent:
             "tensor_rank": str(tensor_rank), "tensor_size": str(tensor_size), "fragments": json.dumps(table)
         }  # fmt: skip
 
-    def detach_from_training(self, buffers: dict[str, Tensor]) -> None:
-        """Copy all tensors to the CPU, so that training may go on before they are written.
+    def copy(self, buffers: dict[str, Tensor]) -> None:
+        """Go on with a copy on the CPU; from then on the state may change.
 
         Args:
             buffers: Where copies lie; kept by the caller, so that the next copy takes no new memory.
         """
-        for key, tensor in self._tensors.items():
-            buffer = buffers.get(key)
-            if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
-                buffer = buffers[key] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-            self._tensors[key] = buffer.copy_(tensor, non_blocking=True)
+        with device.background_stream():
+            for key, tensor in self._tensors.items():
+                buffer = buffers.get(key)
+                if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
+                    buffer = buffers[key] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+                self._tensors[key] = buffer.copy_(tensor, non_blocking=True)
         for key in buffers.keys() - self._tensors.keys():
             del buffers[key]
-        device.synchronize()
 
     def write(self, path: Path) -> layout.FileRecord:
         """Write the file and flush it to the disk.
