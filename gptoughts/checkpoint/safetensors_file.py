@@ -13,7 +13,7 @@ import json
 import math
 import os
 import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,7 +53,7 @@ class TensorHeader:
 def write_file(
     path: Path,
     headers: Sequence[TensorHeader],
-    read: Callable[[str], Tensor],
+    read: Callable[[str], Iterable[Tensor]],
     *,
     metadata: Mapping[str, str],
     written: Callable[[int], None] = lambda num_bytes: None,
@@ -63,9 +63,9 @@ def write_file(
     Args:
         path: File to write.
         headers: Its tensors, in order; the widest dtypes first keep all values aligned.
-        read: Gives a tensor's values, on the CPU, when its turn comes.
+        read: Gives a tensor's values, on the CPU, when its turn comes, in pieces along its first dim.
         metadata: Texts for the header.
-        written: Told the bytes of each tensor.
+        written: Told the bytes of each piece.
 
     Returns:
         Size and checksum of the file.
@@ -88,11 +88,12 @@ def write_file(
 
         put(memoryview(_encoded_header(headers, metadata)))
         for header in headers:
-            tensor = read(header.name)
-            assert tensor.dtype is DTYPES[header.dtype], header
-            assert tuple(tensor.shape) == header.shape, (header, tensor.shape)
-            put(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
-            written(header.num_bytes)
+            before = num_bytes
+            for tensor in read(header.name):
+                assert tensor.dtype is DTYPES[header.dtype], header
+                put(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+                written(tensor.nbytes)
+            assert num_bytes - before == header.num_bytes, (header, num_bytes - before)
         os.fsync(file.fileno())
     return FileRecord(num_bytes, digest.hexdigest())
 
