@@ -17,7 +17,7 @@ from gptoughts.checkpoint.portable import CheckpointReader
 from gptoughts.config.experiment import OptimConfig
 from gptoughts.models.registry import FAMILIES
 from tests.distributed import run_distributed
-from tests.harness import Layout, run_layout
+from tests.harness import VARIANTS, Layout, run_layout
 
 STEPS = 20
 STEP_1_LOSS_RELATIVE = 1e-6
@@ -59,23 +59,42 @@ CORE = {
     Layout(tensor=2),
     Layout(tensor=2, sequence=True, zero=3),
     Layout(tensor=2, sequence=True, data=2, zero=3, accumulation=2),
-    Layout(data=2, expert=2, zero=0, extra=ALL_GATHER),
-    Layout(data=2, expert=2, zero=1),
-    Layout(data=2, expert=2, zero=3, accumulation=4),
-    Layout(tensor=2, sequence=True, data=2, expert=2, zero=2),
 }
 """What every family runs in `make test`; the two that the others are built from run everything there."""
+CORE_OF_VARIANTS = {
+    "llada-mla-moe": {Layout(data=2, zero=3), Layout(tensor=2, sequence=True, data=2, zero=3, accumulation=2)},
+    "llada-moe": {Layout(tensor=2, sequence=True, zero=3)},
+}
 BASE_FAMILIES = ("gpt", "mla")
-EXPERT_FAMILIES = [n for n, family in FAMILIES.items() if family.presets["debug"].model.expert_parallel_divisors()]
+EXPERT_CORE = {
+    "deepseek": {
+        Layout(data=2, expert=2, zero=0, extra=ALL_GATHER),
+        Layout(data=2, expert=2, zero=1),
+        Layout(data=2, expert=2, zero=3, accumulation=4),
+        Layout(tensor=2, sequence=True, data=2, expert=2, zero=2),
+    },
+    "llada-moe": {Layout(data=2, expert=2, zero=3)},
+    "llada-mla-moe": set(),
+}
+"""Families and variants with experts, and which of :data:`EXPERT_LAYOUTS` they run in `make test`."""
 CASES = [
     pytest.param(
         family,
         layout,
-        id=f"{family}-{layout}{'-allgather' if layout.extra == ALL_GATHER else ''}",
-        marks=() if family in BASE_FAMILIES or layout in CORE else pytest.mark.slow,
+        id=f"{family}-{layout}",
+        marks=() if family in BASE_FAMILIES or layout in core else pytest.mark.slow,
     )
-    for family in FAMILIES
-    for layout in LAYOUTS + (EXPERT_LAYOUTS if family in EXPERT_FAMILIES else [])
+    for family, core in [*((name, CORE) for name in FAMILIES), *((v, CORE_OF_VARIANTS.get(v, set())) for v in VARIANTS)]
+    for layout in LAYOUTS
+] + [
+    pytest.param(
+        family,
+        layout,
+        id=f"{family}-{layout}{'-allgather' if layout.extra else ''}",
+        marks=() if layout in core else pytest.mark.slow,
+    )
+    for family, core in EXPERT_CORE.items()
+    for layout in EXPERT_LAYOUTS
 ]
 
 Run = tuple[list[dict[str, Any]], Path]
