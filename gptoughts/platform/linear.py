@@ -47,7 +47,8 @@ def parallel_linear(
 
     Collective: ``tp_group``, with either of the two flags.
     """
-    assert not gradient_accumulation_fusion and grad_output_buffer is None, "both are CUDA features"
+    assert not gradient_accumulation_fusion, "a CUDA kernel"
+    assert grad_output_buffer is None, "weight gradients are not deferred"
     assert upstream_options.get("gtp_remat_size", 1) == 1, "weights are not divided over their inputs' ranks"
     return _Linear.apply(input, weight, bias, tp_group, allreduce_dgrad, sequence_parallel)
 
