@@ -56,6 +56,7 @@ class ForwardStep:
             inputs.attention_mask,
             labels=inputs.labels,
             selected_positions=inputs.selected_positions,
+            is_padding=inputs.is_padding,
         )
         loss_sum = self.objective.reduce(per_token_loss, inputs.loss_weights)
         return ForwardOutput(loss_sum, {TARGET_BYTES: bytes_of(inputs.labels, inputs.is_counted, self.token_bytes)})
@@ -228,5 +229,12 @@ def build_callbacks(
                 metrics=metrics,
             )
         )
-    callbacks.append(CheckpointCallback(manager, config.checkpoint.interval_steps, console.print))
+    callbacks.append(
+        CheckpointCallback(
+            manager,
+            config.checkpoint.interval_steps,
+            console.print,
+            is_asynchronous=config.checkpoint.asynchronous,
+        )
+    )
     return callbacks
