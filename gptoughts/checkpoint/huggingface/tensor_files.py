@@ -28,6 +28,9 @@ INDEX_FILE = "model.safetensors.index.json"
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 """safetensors' name of each dtype that converts."""
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_STORED = DTYPES | {"I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool}
+"""And of what else may be written (buffers that hold no fractions)."""
+STORED_NAMES = {dtype: name for name, dtype in _STORED.items()}
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,7 @@ class TensorHeader:
     @property
     def num_bytes(self) -> int:
         """Bytes of its values."""
-        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
+        return math.prod(self.shape) * _STORED[self.dtype].itemsize
 
 
 class TensorFolder:
@@ -132,6 +135,35 @@ def plan_files(headers: Sequence[TensorHeader], max_file_bytes: int) -> list[lis
     return files
 
 
+def write_folder(
+    folder: Path,
+    headers: Sequence[TensorHeader],
+    read: Callable[[str], Iterable[Tensor]],
+    *,
+    max_file_bytes: int,
+    written: Callable[[int], None],
+) -> int:
+    """Write tensors as a Hugging Face folder has them, with an index where there are several files; returns how many.
+
+    Args:
+        folder: Folder to write in.
+        headers: All tensors, in order.
+        read: As in :func:`write_file`.
+        max_file_bytes: They are divided over files of about this size.
+        written: Told the bytes of each tensor.
+    """
+    files = plan_files(headers, max_file_bytes)
+    names = [f"model-{i + 1:05d}-of-{len(files):05d}.safetensors" for i in range(len(files))]
+    names = names if len(files) > 1 else [SINGLE_FILE]
+    for name, part in zip(names, files, strict=True):
+        write_file(folder / name, part, read, metadata={"format": "pt"}, written=written)
+    if len(files) > 1:
+        where = {header.name: name for name, part in zip(names, files, strict=True) for header in part}
+        index = {"metadata": {"total_size": sum(h.num_bytes for h in headers)}, "weight_map": where}
+        (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    return len(files)
+
+
 def write_file(
     path: Path,
     headers: Sequence[TensorHeader],
@@ -164,7 +196,7 @@ def write_file(
         for header in headers:
             num_bytes = 0
             for tensor in read(header.name):
-                assert tensor.dtype is DTYPES[header.dtype], header
+                assert tensor.dtype is _STORED[header.dtype], header
                 file.write(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
                 num_bytes += tensor.nbytes
                 written(tensor.nbytes)
