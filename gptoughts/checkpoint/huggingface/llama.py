@@ -56,7 +56,7 @@ def entries(model: GPTConfig) -> list[Entry]:
         found.append(Entry(our_output, (hidden, query), {their_output: (hidden, query)}))
         return found
 
-    return ends(model) + in_layers(model, layer)
+    return ends(model) + in_layers(range(model.num_layers), layer)
 
 
 def _read(
