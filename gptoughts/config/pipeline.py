@@ -49,8 +49,8 @@ def pipeline_problems(config: ExperimentConfig, sources: Mapping[str, str]) -> l
     if parallel.pipeline > 1 and not config.model.untie_embeddings_and_output_weights:
         return [
             f"{pipeline_is}: model.untie_embeddings_and_output_weights=false "
-            f"({sources['model.untie_embeddings_and_output_weights']}): tied matrices are on different stages, which is "
-            "not built in this version; untie them, or use one stage"
+            f"({sources['model.untie_embeddings_and_output_weights']}): tied matrices are on different stages, which "
+            "is not built in this version; untie them, or use one stage"
         ]
     if parallel.pipeline_layout is not None:
         return _layout_problems(parallel, num_layers, sources)
@@ -65,8 +65,8 @@ def pipeline_problems(config: ExperimentConfig, sources: Mapping[str, str]) -> l
     if num_layers < chunks:
         return [f"{named}: model.num_layers={num_layers} leaves no layer for some of {chunks} stages"]
     return [
-        f"{named}: model.num_layers={num_layers} is not divisible by {chunks}; choose a divisor, or say how many layers "
-        f"each has: --parallel.pipeline_layout {suggested_layout(num_layers, chunks)}"
+        f"{named}: model.num_layers={num_layers} is not divisible by {chunks}; choose a divisor, or say how many "
+        f"layers each has: --parallel.pipeline_layout {suggested_layout(num_layers, chunks)}"
     ]
 
 

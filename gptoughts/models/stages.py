@@ -26,7 +26,11 @@ def build_stages(
 
     Collective: tensor-parallel group; the data-parallel group under ZeRO-3.
     """
-    rank, size, chunks = groups.pipeline_parallel_rank(), groups.pipeline_parallel_size(), config.parallel.virtual_pipeline
+    rank, size, chunks = (
+        groups.pipeline_parallel_rank(),
+        groups.pipeline_parallel_size(),
+        config.parallel.virtual_pipeline,
+    )
     return [
         build_model(
             config,

@@ -35,7 +35,9 @@ def samples(count: int) -> list[np.ndarray]:
     return [np.full(SEQUENCE + 1, i % 10, dtype=np.int64) for i in range(count)]
 
 
-def evaluate(count: int, limit: int, batch_size: int, ranks: int, together: int = 1) -> tuple[float, Mapping[str, float]]:
+def evaluate(
+    count: int, limit: int, batch_size: int, ranks: int, together: int = 1
+) -> tuple[float, Mapping[str, float]]:
     """Sums over ranks of what each rank's validator hands to the engine."""
     seen: list[list[ModelInputs]] = []
 
