@@ -13,6 +13,7 @@ from gptoughts.config.model import ModelConfig
 
 Shape = tuple[int, ...]
 
+EMBEDDING = "embedding.word_embeddings.weight"
 _NO_WEIGHTS = re.compile(r"rotary_emb\.inv_freq$")
 """Tensors in older files that are no weights."""
 
@@ -62,6 +63,8 @@ class Format:
     """Our shape -> table of tensors."""
     is_for: Callable[[Mapping[str, Any]], bool] = lambda config: True
     """Whether a config.json of this ``model_type`` is one of this family."""
+    is_in_transformers: bool = True
+    """Whether transformers has the class; elsewhere it comes with the model, and is never run here."""
 
 
 def is_ignorable(name: str) -> bool:
@@ -69,16 +72,19 @@ def is_ignorable(name: str) -> bool:
     return _NO_WEIGHTS.search(name) is not None
 
 
-def ends(model: ModelConfig) -> list[Entry]:
-    """Embedding, final norm and output layer, under the names that Llama gave them."""
-    hidden, rows, padded = model.hidden_size, model.vocab_size, model.padded_vocab_size
+def ends(model: ModelConfig, rows: int | None = None) -> list[Entry]:
+    """Embedding, final norm and output layer, under the names that Llama gave them; ``rows`` of the vocabulary (unset:
+    as many as the tokenizer has entries) are published.
+    """
+    rows = model.vocab_size if rows is None else rows
+    hidden, padded = model.hidden_size, model.padded_vocab_size
     padding = PaddedRows(rows, padded) if rows != padded else Same()
 
     def vocabulary(ours: str, theirs: str) -> Entry:
         return Entry(ours, (padded, hidden), {theirs: (rows, hidden)}, padding)
 
     found = [
-        vocabulary("embedding.word_embeddings.weight", "model.embed_tokens.weight"),
+        vocabulary(EMBEDDING, "model.embed_tokens.weight"),
         Entry("decoder.final_layernorm.weight", (hidden,), {"model.norm.weight": (hidden,)}),
     ]
     if model.untie_embeddings_and_output_weights:
@@ -91,6 +97,13 @@ def block(model: ModelConfig, ours: str, theirs: str) -> list[Entry]:
     return layer_norms(model, ours, theirs) + swiglu(
         f"{ours}mlp.", f"{theirs}mlp.", hidden=model.hidden_size, width=model.ffn_hidden_size
     )
+
+
+def padded_rows(entries: Sequence[Entry]) -> int:
+    """Rows that the vocabulary has here beyond the published ones."""
+    (embedding,) = (entry for entry in entries if entry.ours == EMBEDDING)
+    (published,) = embedding.theirs.values()
+    return embedding.our_shape[0] - published[0]
 
 
 def layer_norms(model: ModelConfig, ours: str, theirs: str) -> list[Entry]:

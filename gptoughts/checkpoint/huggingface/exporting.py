@@ -22,6 +22,7 @@ from gptoughts.checkpoint.huggingface.output import (
     conversion,
     new_folder,
     progress,
+    refuse_check,
 )
 from gptoughts.checkpoint.huggingface.tensor_files import (
     DTYPES,
@@ -60,12 +61,14 @@ def export_model(
         check: Looks at the finished folder before it gets its name.
     Raises:
         CheckpointError: no good checkpoint, or no format that holds its model; nothing is written.
+        ConfigError: a check for a format that transformers has no class for.
     """
     checkpoint = layout.locate(source)
     layout.check_files(checkpoint)
     config = from_yaml((checkpoint / layout.CONFIG).read_text(encoding="utf-8"), FAMILIES, label=str(checkpoint))
     reader = CheckpointReader(checkpoint)
     published, text = _exported_config(checkpoint, config, dtype)
+    refuse_check(published, check)
     entries = published.format.entries(published.model)
     problems = export_problems(reader, entries)
     if problems:
@@ -81,7 +84,7 @@ def export_model(
         _finish_published(partial, checkpoint, text | {"dtype": _TORCH_NAMES[headers[0].dtype]} if text else None)
         if check is not None:
             check(partial)
-    return conversion(output, published, headers, num_files)
+    return conversion(output, published, entries, headers, num_files)
 
 
 def _written_dtype(reader: CheckpointReader, entry: Entry, dtype: str | None) -> str:

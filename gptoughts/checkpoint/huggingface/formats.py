@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gptoughts.checkpoint.huggingface import deepseek, deepseek_moe, llama
+from gptoughts.checkpoint.huggingface import deepseek, deepseek_moe, llada, llama
 from gptoughts.checkpoint.huggingface.base import Format
 from gptoughts.checkpoint.huggingface.fp8 import BlockQuantization, read_quantization
 from gptoughts.config.model import ModelConfig
 from gptoughts.errors import CheckpointError
 
 CONFIG_FILE = "config.json"
-FORMATS: tuple[Format, ...] = (*llama.FORMATS, *deepseek.FORMATS, *deepseek_moe.FORMATS)
+FORMATS: tuple[Format, ...] = (*llama.FORMATS, *deepseek.FORMATS, *deepseek_moe.FORMATS, *llada.FORMATS)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from gptoughts.checkpoint import layout
-from gptoughts.checkpoint.huggingface.base import Entry, is_ignorable
+from gptoughts.checkpoint.huggingface.base import Entry, is_ignorable, padded_rows
 from gptoughts.checkpoint.huggingface.formats import CONFIG_FILE, Published, read_published
 from gptoughts.checkpoint.huggingface.output import (
     CARRIED_FILES,
@@ -25,8 +25,8 @@ from gptoughts.checkpoint.huggingface.output import (
     Conversion,
     conversion,
     new_folder,
-    padded_rows,
     progress,
+    refuse_check,
 )
 from gptoughts.checkpoint.huggingface.tensor_files import DTYPES, TensorFolder, TensorHeader, plan_files, write_file
 from gptoughts.checkpoint.identity import model_identity
@@ -58,8 +58,10 @@ def import_model(
         check: Looks at the finished folder before it gets its name.
     Raises:
         CheckpointError: every problem of the source; nothing is written.
+        ConfigError: a check for a format that transformers has no class for.
     """
     published = read_published(source)
+    refuse_check(published, check)
     folder = TensorFolder(source, published.quantization, dequantized)
     entries = published.format.entries(published.model)
     problems = import_problems(folder, entries)
@@ -85,11 +87,11 @@ def import_model(
 
             metadata = {"tensor_rank": "0", "tensor_size": "1", "fragments": json.dumps(table)}
             write_file(checkpoint / f"weights_{number:05d}.safetensors", flat, read, metadata=metadata, written=written)
-        _finish_checkpoint(checkpoint, source, config, published)
+        _finish_checkpoint(checkpoint, source, config, published, entries)
         (partial / layout.CONFIG).write_text(to_yaml(config), encoding="utf-8")
         if check is not None:
             check(partial)
-    return conversion(output, published, headers, len(list(layout.step_folder(output, 0).glob("weights_*"))))
+    return conversion(output, published, entries, headers, len(list(layout.step_folder(output, 0).glob("weights_*"))))
 
 
 def import_problems(folder: TensorFolder, entries: Sequence[Entry]) -> list[str]:
@@ -144,7 +146,9 @@ def _carry_dequantized_config(source: Path, target: Path, config: ExperimentConf
     target.write_text(json.dumps(text, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _finish_checkpoint(checkpoint: Path, source: Path, config: ExperimentConfig, published: Published) -> None:
+def _finish_checkpoint(
+    checkpoint: Path, source: Path, config: ExperimentConfig, published: Published, entries: Sequence[Entry]
+) -> None:
     """Everything but the weights, the manifest last."""
     (checkpoint / CARRIED_FOLDER).mkdir()
     for name in CARRIED_FILES:
@@ -162,7 +166,7 @@ def _finish_checkpoint(checkpoint: Path, source: Path, config: ExperimentConfig,
     for path in sorted(path for path in checkpoint.rglob("*") if path.is_file()):
         layout.sync_file(path)
         records[path.relative_to(checkpoint).as_posix()] = layout.FileRecord.of(path)
-    origin = {"format": published.format.model_type, "padded_rows": padded_rows(published.model)}
+    origin = {"format": published.format.model_type, "padded_rows": padded_rows(entries)}
     header = {"step": 0, "world_size": 1, "model": model_identity(config), layout.WEIGHTS_ONLY: True, "origin": origin}
     layout.write_manifest(checkpoint, records, header)
     layout.write_atomically(checkpoint.parent / layout.LATEST, checkpoint.name + "\n")
