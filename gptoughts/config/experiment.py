@@ -21,7 +21,7 @@ class ParallelConfig:
     pipeline: int = 1
     """Pipeline stages: ranks that hold consecutive layers and hand their activations on."""
     virtual_pipeline: int = 1
-    """Chunks of layers per stage (interleaved schedule): idle time shrinks by this factor, communication grows by it."""
+    """Chunks of layers per stage (interleaved schedule): idle time shrinks by this factor, communication grows."""
     pipeline_layout: str | None = None
     """Layers of each stage, in the order of the model, e.g. 5,3 (with virtual_pipeline: of each chunk, chunk i on stage
     i mod pipeline); unset: equal parts."""
