@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 
 import psutil
@@ -56,6 +58,22 @@ def synchronize() -> None:
     """Wait until the device has done all work handed to it."""
     if is_cuda():
         torch.cuda.synchronize()
+
+
+@contextmanager
+def background_stream() -> Iterator[None]:
+    """Inside, a thread's work on the device runs beside the compute stream's, after what that was handed so far.
+
+    It is done when the context is left. Nothing on a CPU.
+    """
+    if not is_cuda():
+        yield
+        return
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.default_stream())
+    with torch.cuda.stream(stream):
+        yield
+    stream.synchronize()
 
 
 def memory_bytes() -> int:

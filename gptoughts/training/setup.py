@@ -234,5 +234,12 @@ def build_callbacks(
                 metrics=metrics,
             )
         )
-    callbacks.append(CheckpointCallback(manager, config.checkpoint.interval_steps, console.print))
+    callbacks.append(
+        CheckpointCallback(
+            manager,
+            config.checkpoint.interval_steps,
+            console.print,
+            is_asynchronous=config.checkpoint.asynchronous,
+        )
+    )
     return callbacks
