@@ -21,6 +21,13 @@ from gptoughts.objectives.base import ModelInputs, Objective
 TEXT = Path(__file__).parent.parent / "LICENSE"
 SEQUENCE = 64
 SAMPLES_PER_STEP = 8
+_CUT_OFTEN = "--model.random_length_probability=0.3"
+VARIANTS = {
+    "llada-mla": ("--model_type=llada", "--model.attention=mla", _CUT_OFTEN),
+    "llada-moe": ("--model_type=llada", "--model.num_moe_experts=4", _CUT_OFTEN),
+    "llada-mla-moe": ("--model_type=llada", "--model.attention=mla", "--model.num_moe_experts=4", _CUT_OFTEN),
+}
+"""Toys beside the families' own: name -> flags."""
 WORLD_KEYS = ("tensor", "sequence", "data", "zero", "accumulation")
 
 
@@ -52,7 +59,7 @@ class Layout:
 
 
 def toy_experiment(family: str, layout: Layout, folder: Path, *, steps: int = 20) -> Experiment:
-    """A run of the family's debug preset with two narrow layers, a byte vocabulary and AdamW's eps at 1e-4."""
+    """A run of a family's or variant's debug preset with two layers, a byte vocabulary and AdamW's eps at 1e-4."""
     folder.mkdir(parents=True, exist_ok=True)
     config = folder / f"ds-{layout}.json"
     content = {"zero_optimization": {"stage": layout.zero}, "bf16": {"enabled": layout.precision == "bf16"}}
@@ -62,7 +69,8 @@ def toy_experiment(family: str, layout: Layout, folder: Path, *, steps: int = 20
     os.replace(own, config)
     batch_size = SAMPLES_PER_STEP // (layout.data * layout.accumulation)
     arguments = [
-        f"--model_type={family}", "--size=debug", f"--deepspeed_config={config}", f"--output_dir={folder / 'run'}",
+        *VARIANTS.get(family, (f"--model_type={family}",)), "--size=debug",
+        f"--deepspeed_config={config}", f"--output_dir={folder / 'run'}",
         f"--batch_size={batch_size}", f"--train.global_batch_size={SAMPLES_PER_STEP}", f"--block_size={SEQUENCE}",
         f"--model.num_layers={layout.layers}", "--model.vocab_size=256", f"--train.steps={steps}", "--optim.lr=1e-3",
         "--optim.eps=1e-4", "--optim.warmup_steps=5", f"--parallel.tensor={layout.tensor}",

@@ -57,6 +57,7 @@ class ForwardStep:
             inputs.attention_mask,
             labels=inputs.labels,
             selected_positions=inputs.selected_positions,
+            is_padding=inputs.is_padding,
         )
         if not chunk.post_process:
             return output

@@ -17,7 +17,7 @@ from gptoughts.checkpoint.portable import CheckpointReader
 from gptoughts.config.experiment import OptimConfig
 from gptoughts.models.registry import FAMILIES
 from tests.distributed import run_distributed
-from tests.harness import Layout, run_layout
+from tests.harness import VARIANTS, Layout, run_layout
 
 STEPS = 20
 STEP_1_LOSS_RELATIVE = 1e-6
@@ -47,15 +47,19 @@ CORE = {
     Layout(tensor=2, sequence=True, data=2, zero=3, accumulation=2),
 }
 """What every family runs in `make test`; the two that the others are built from run everything there."""
+CORE_OF_VARIANTS = {
+    "llada-mla-moe": {Layout(data=2, zero=3), Layout(tensor=2, sequence=True, data=2, zero=3, accumulation=2)},
+    "llada-moe": {Layout(tensor=2, sequence=True, zero=3)},
+}
 BASE_FAMILIES = ("gpt", "mla")
 CASES = [
     pytest.param(
         family,
         layout,
         id=f"{family}-{layout}",
-        marks=() if family in BASE_FAMILIES or layout in CORE else pytest.mark.slow,
+        marks=() if family in BASE_FAMILIES or layout in core else pytest.mark.slow,
     )
-    for family in FAMILIES
+    for family, core in [*((name, CORE) for name in FAMILIES), *((v, CORE_OF_VARIANTS.get(v, set())) for v in VARIANTS)]
     for layout in LAYOUTS
 ]
 
