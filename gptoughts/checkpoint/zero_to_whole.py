@@ -9,7 +9,8 @@ from torch import Tensor
 
 from gptoughts.checkpoint import layout
 from gptoughts.checkpoint.huggingface.output import MAX_FILE_BYTES, Conversion, new_folder, progress
-from gptoughts.checkpoint.huggingface.tensor_files import STORED_NAMES, TensorHeader, write_folder
+from gptoughts.checkpoint.huggingface.tensor_files import write_folder
+from gptoughts.checkpoint.safetensors_file import NAMES, TensorHeader
 from gptoughts.checkpoint.zero_files import ZeroCheckpoint
 from gptoughts.errors import CheckpointError
 
@@ -26,10 +27,12 @@ def write_whole_weights(source: Path, output: Path, *, max_file_bytes: int = MAX
     """
     checkpoint = ZeroCheckpoint(source)
     dtypes = {name: checkpoint.dtype(name) for name in checkpoint.shapes}
-    problems = [f"{name}: {dtype} is not written" for name, dtype in dtypes.items() if dtype not in STORED_NAMES]
+    problems = [f"{name}: {dtype} is not written" for name, dtype in dtypes.items() if dtype not in NAMES]
     if problems:
         raise CheckpointError(problems)
-    headers = [TensorHeader(name, STORED_NAMES[dtypes[name]], shape) for name, shape in checkpoint.shapes.items()]
+    headers = [TensorHeader(name, NAMES[dtypes[name]], shape) for name, shape in checkpoint.shapes.items()]
+
+    headers.sort(key=lambda header: -dtypes[header.name].itemsize)  # the widest first: all values stay aligned
 
     def read(name: str) -> list[Tensor]:
         return [checkpoint.read(name)]

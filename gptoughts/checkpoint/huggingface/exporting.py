@@ -24,13 +24,9 @@ from gptoughts.checkpoint.huggingface.output import (
     progress,
     refuse_check,
 )
-from gptoughts.checkpoint.huggingface.tensor_files import (
-    DTYPES,
-    NAMES,
-    TensorHeader,
-    write_folder,
-)
+from gptoughts.checkpoint.huggingface.tensor_files import write_folder
 from gptoughts.checkpoint.portable import BUFFER, WEIGHT, CheckpointReader
+from gptoughts.checkpoint.safetensors_file import DTYPES, NAMES, TensorHeader
 from gptoughts.config.cli import from_yaml
 from gptoughts.config.experiment import ExperimentConfig
 from gptoughts.data.tokenizer import load_tokenizer
