@@ -62,6 +62,7 @@ def initialize(parallel: ParallelConfig, *, seed: int) -> None:
         # Each expert's width is divided over the tensor-parallel ranks, as everything else is.
         expert_model_parallel_size=parallel.expert,
         expert_tensor_parallel_size=parallel.tensor,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
         distributed_timeout_minutes=math.ceil(parallel.timeout_seconds / 60),
         create_gloo_process_groups=device.is_cuda(),
     )
@@ -158,6 +159,27 @@ def expert_parallel_rank() -> int:
     return int(parallel_state.get_expert_model_parallel_rank())
 
 
+def pipeline_parallel_size() -> int:
+    """Pipeline stages."""
+    from megatron.core import parallel_state
+
+    return int(parallel_state.get_pipeline_model_parallel_world_size())
+
+
+def pipeline_parallel_rank() -> int:
+    """This rank's stage, from 0."""
+    from megatron.core import parallel_state
+
+    return int(parallel_state.get_pipeline_model_parallel_rank())
+
+
+def pipeline_parallel_group() -> dist.ProcessGroup:
+    """The ranks that hold the stages of this rank's copy of the model."""
+    from megatron.core import parallel_state
+
+    return parallel_state.get_pipeline_model_parallel_group()
+
+
 def data_parallel_group() -> dist.ProcessGroup:
     """The ranks that hold the same shard of the model."""
     from megatron.core import parallel_state
@@ -177,6 +199,15 @@ def data_parallel_rank() -> int:
     from megatron.core import parallel_state
 
     return int(parallel_state.get_data_parallel_rank())
+
+
+def layout() -> dict[str, int]:
+    """How the world is divided: size of each axis."""
+    return {
+        "tensor": tensor_parallel_size(),
+        "pipeline": pipeline_parallel_size(),
+        "data": data_parallel_size(),
+    }
 
 
 def rank() -> int:

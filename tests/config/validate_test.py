@@ -59,7 +59,6 @@ def test_batch_sizes(flags: str, world_size: int, expected: tuple[int, int, int]
         ("--parallel.tensor 4 --model.num_query_groups 2", 4, "num_query_groups=2 is not divisible by 4; allowed: 1"),
         ("--parallel.tensor 4 --model.ffn_hidden_size 702", 4, "ffn_hidden_size=702 is not divisible by 4"),
         ("--parallel.tensor 0", 1, "parallel.tensor=0 (command line): must be 1 or more"),
-        ("--parallel.pipeline 2", 2, "pipeline parallelism is not built in this version; allowed: 1"),
         ("--parallel.expert 2", 2, "parallel.expert=2 (command line): this model (gpt) has no experts to divide"),
         ("--model_type deepseek --parallel.expert 2 --parallel.pipeline 2", 4, "not built together with parallel.pipe"),
         ("--model_type deepseek --parallel.expert 0", 1, "parallel.expert=0 (command line): must be 1 or more"),
