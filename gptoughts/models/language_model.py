@@ -24,7 +24,6 @@ from torch.nn import Parameter
 
 from gptoughts.config.experiment import ExperimentConfig
 from gptoughts.models.cross_entropy import cross_entropy
-from gptoughts.models.expert_load import finish_step
 from gptoughts.models.initialization import Gathered, initialize_parameters, keep_as_is
 from gptoughts.models.rotary import rotary_table
 from gptoughts.parallel import groups
@@ -95,6 +94,7 @@ class LanguageModel(GPTModel):
         labels: Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
         selected_positions: Tensor | None = None,
+        is_padding: Tensor | None = None,
     ) -> Tensor:
         """Loss per token, logits, or on a stage without the output layer its hidden states.
 
@@ -106,6 +106,7 @@ class LanguageModel(GPTModel):
             packed_seq_params: Lengths of the sequences packed into one row (b = 1).
             selected_positions: int64 [n], distinct indices into the flattened [b, s]: with labels, the output layer
                 runs at these alone, and the loss elsewhere reads 0.
+            is_padding: bool [b, s], positions that routers of experts do not count; unset: there are none.
 
         Returns:
             fp32 [b, s] nats with labels; logits [b, s, whole vocabulary] without; [s, b, h] before the last stage.
@@ -119,6 +120,7 @@ class LanguageModel(GPTModel):
             attention_mask=attention_mask,
             rotary_pos_emb=self._rotary_table(input_ids.size(1), position_ids),
             packed_seq_params=packed_seq_params,
+            padding_mask=self._own_positions(is_padding),
         )
         if not self.post_process:
             return hidden_states
@@ -149,15 +151,11 @@ class LanguageModel(GPTModel):
         loss = self.compute_language_model_loss(labels.reshape(-1)[None, selected], logits)
         return loss.new_zeros(b * s).index_copy(0, selected, loss.view(-1)).view(b, s)
 
-    def after_step(self, is_applied: bool) -> dict[str, float]:
-        """What a step leaves to do that no gradient does (biases of routers); returns figures for the log.
-
-        Args:
-            is_applied: False where the optimizer skipped the update.
-
-        Collective: tensor- and data-parallel ranks together, where there are experts.
-        """
-        return finish_step(self, is_applied=is_applied)
+    def _own_positions(self, is_padding: Tensor | None) -> Tensor | None:
+        """This rank's part of [b, s] under sequence parallelism, the whole elsewhere."""
+        if is_padding is None or not self.config.sequence_parallel:
+            return is_padding
+        return is_padding.chunk(groups.tensor_parallel_size(), dim=1)[groups.tensor_parallel_rank()]
 
     def _rotary_table(self, length: int, position_ids: Tensor | None) -> Tensor:
         table = rotary_table(
@@ -218,9 +216,6 @@ def build_language_model(
     transformer_config: TransformerConfig,
     block_spec: TransformerBlockSubmodules,
     *,
-    rotary_dim: int,
-    rotary_frequencies: tuple[float, ...] | None = None,
-    rotary_amplitude: float = 1.0,
     pre_process: bool = True,
     post_process: bool = True,
     vp_stage: int | None = None,
@@ -233,9 +228,6 @@ def build_language_model(
         config: The run.
         transformer_config: Its model in megatron-core's terms.
         block_spec: Layers of this stage and the final norm.
-        rotary_dim: Size of a head's rotary part.
-        rotary_frequencies: Radians per position of each pair where they are scaled; unset: the base's.
-        rotary_amplitude: What their cos and sin are multiplied by.
         pre_process: This stage embeds tokens.
         post_process: This stage makes logits.
         vp_stage: Virtual pipeline stage.
@@ -251,10 +243,10 @@ def build_language_model(
             block_spec,
             vocab_size=model.padded_vocab_size,
             seq_length=config.block_size or model.seq_length,
-            rotary_dim=rotary_dim,
+            rotary_dim=model.rotary_dim(),
             rotary_base=model.rotary_base,
-            rotary_frequencies=rotary_frequencies,
-            rotary_amplitude=rotary_amplitude,
+            rotary_frequencies=model.rotary_frequencies(),
+            rotary_amplitude=model.rotary_amplitude(),
             share_embeddings_and_output_weights=not model.untie_embeddings_and_output_weights,
             pre_process=pre_process,
             post_process=post_process,
