@@ -45,6 +45,8 @@ class Layout:
     precision: str = "fp32"
     layers: int = 2
     expert: int = 1
+    tied: bool = False
+    """One matrix for embedding and output layer."""
     extra: tuple[str, ...] = field(default=())
 
     @property
@@ -56,7 +58,7 @@ class Layout:
         virtual = f"-vpp{self.virtual}" if self.virtual > 1 else ""
         expert = f"-ep{self.expert}" if self.expert > 1 else ""
         name = f"tp{self.tensor}{'sp' if self.sequence else ''}{pipeline}{virtual}-dp{self.data}{expert}"
-        name = f"{name}-zero{self.zero}-acc{self.accumulation}"
+        name = f"{name}-zero{self.zero}-acc{self.accumulation}{'-tied' if self.tied else ''}"
         return name if self.precision == "fp32" else f"{name}-{self.precision}"
 
 
@@ -64,6 +66,7 @@ def toy_experiment(family: str, layout: Layout, folder: Path, *, steps: int = 20
     """A run of a family's or variant's debug preset with two layers, a byte vocabulary and AdamW's eps at 1e-4."""
     folder.mkdir(parents=True, exist_ok=True)
     config = folder / f"ds-{layout}.json"
+    is_untied = str(not layout.tied).lower()
     content = {"zero_optimization": {"stage": layout.zero}, "bf16": {"enabled": layout.precision == "bf16"}}
     # Every rank writes it: no rank may see another's half-written file.
     own = config.with_suffix(f".{os.getpid()}")
@@ -78,6 +81,7 @@ def toy_experiment(family: str, layout: Layout, folder: Path, *, steps: int = 20
         "--optim.eps=1e-4", "--optim.warmup_steps=5", f"--parallel.tensor={layout.tensor}",
         f"--parallel.sequence={str(layout.sequence).lower()}", f"--parallel.pipeline={layout.pipeline}",
         f"--parallel.virtual_pipeline={layout.virtual}", f"--parallel.expert={layout.expert}",
+        f"--model.untie_embeddings_and_output_weights={is_untied}",
         "--grad_clip=0", *layout.extra,
     ]  # fmt: skip
     return load_experiment(arguments, FAMILIES, world_size=layout.world_size)
