@@ -54,6 +54,24 @@ def test_metrics_checkpoints_plot_and_config(corpus: Corpus, tmp_path: Path) -> 
     assert (tmp_path / "config.yaml").read_text() == (layout.step_folder(tmp_path, 5) / "config.yaml").read_text()
 
 
+def test_stages_train_validate_and_save_for_one_process(corpus: Corpus, tmp_path: Path) -> None:
+    zero3 = tmp_path / "ds.json"
+    zero3.write_text('{"zero_optimization": {"stage": 3}}')
+    shape = ("--model.num_layers=4", "--train.steps=4", "--train.global_batch_size=8")
+    run = [*TINY, f"--data={corpus.prefix}", f"--output_dir={tmp_path / 'run'}", *shape]
+    stages = ("--parallel.pipeline=2", "--parallel.virtual_pipeline=2", f"--deepspeed_config={zero3}")
+    assert run_distributed(main, 2, [*run, *stages, "--train.stop_after_steps=2"]) == [0, 0]
+    assert run_distributed(main, 1, run) == [0]
+    assert run_distributed(main, 1, [*run, f"--output_dir={tmp_path / 'one'}"]) == [0]
+    moved, whole = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("run", "one"))
+    assert [line["step"] for line in moved] == [1, 2, 3, 4]
+    for ours, theirs in zip(moved, whole, strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
+        assert ours["tokens_per_second"] > 0
+    assert moved[1]["valid_loss"] > 0, "two stages have validated"
+    assert moved[3]["valid_loss"] == pytest.approx(whole[3]["valid_loss"], rel=1e-4)
+
+
 def test_an_interrupted_run_goes_on_as_if_it_had_not_been(corpus: Corpus, tmp_path: Path) -> None:
     pretrain(corpus, tmp_path / "whole", "--train.steps=6")
     # What is saved while training goes on is as good.
