@@ -24,10 +24,11 @@ from torch.nn import Parameter
 
 from gptoughts.config.experiment import ExperimentConfig
 from gptoughts.models.cross_entropy import cross_entropy
-from gptoughts.models.expert_load import finish_step
 from gptoughts.models.initialization import Gathered, initialize_parameters, keep_as_is
 from gptoughts.models.rotary import rotary_table
 from gptoughts.parallel import groups
+from gptoughts.parallel.shared_embedding import copy_of_embedding
+from gptoughts.platform import device
 
 AnyTensor = TypeVar("AnyTensor", bound=Tensor)
 ConstructionContext = Callable[[], AbstractContextManager[object]]
@@ -77,7 +78,8 @@ class LanguageModel(GPTModel):
             pre_process=pre_process,
             post_process=post_process,
             parallel_output=True,
-            share_embeddings_and_output_weights=share_embeddings_and_output_weights,
+            # Across stages our own way (parallel.shared_embedding): megatron-core's needs two parameters.
+            share_embeddings_and_output_weights=share_embeddings_and_output_weights and pre_process and post_process,
             # Our attention turns its heads by models.rotary's tables, which need no module.
             position_embedding_type="none",
             vp_stage=vp_stage,
@@ -86,6 +88,10 @@ class LanguageModel(GPTModel):
         self.rotary_base = rotary_base
         self.rotary_frequencies = rotary_frequencies
         self.rotary_amplitude = rotary_amplitude
+        self.embedding_copy: Tensor | None = None
+        if share_embeddings_and_output_weights and post_process and not pre_process:
+            self.embedding_copy = _without_parameter(self.output_layer, config.params_dtype)
+        self.shares_embedding = share_embeddings_and_output_weights and pre_process != post_process
 
     def forward(  # type: ignore[override]
         self,
@@ -125,7 +131,9 @@ class LanguageModel(GPTModel):
         )
         if not self.post_process:
             return hidden_states
-        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        weight = self.embedding_copy
+        if self.share_embeddings_and_output_weights:
+            weight = self.shared_embedding_or_output_weight()
         if labels is not None and selected_positions is not None:
             return self._selected_loss(hidden_states, labels, selected_positions, weight)
         logits, _ = self.output_layer(hidden_states, weight=weight)
@@ -152,15 +160,11 @@ class LanguageModel(GPTModel):
         loss = self.compute_language_model_loss(labels.reshape(-1)[None, selected], logits)
         return loss.new_zeros(b * s).index_copy(0, selected, loss.view(-1)).view(b, s)
 
-    def after_step(self, is_applied: bool) -> dict[str, float]:
-        """What a step leaves to do that no gradient does (biases of routers); returns figures for the log.
-
-        Args:
-            is_applied: False where the optimizer skipped the update.
-
-        Collective: tensor- and data-parallel ranks together, where there are experts.
-        """
-        return finish_step(self, is_applied=is_applied)
+    def shared_embedding_weight(self) -> Tensor | None:
+        """The embedding matrix of a stage that shares it with another one: the parameter, or its copy."""
+        if not self.shares_embedding:
+            return None
+        return self.embedding.word_embeddings.weight if self.pre_process else self.embedding_copy
 
     def _own_positions(self, is_padding: Tensor | None) -> Tensor | None:
         """This rank's part of [b, s] under sequence parallelism, the whole elsewhere."""
@@ -179,6 +183,13 @@ class LanguageModel(GPTModel):
             amplitude=self.rotary_amplitude,
         )
         return table[:, :length] if position_ids is None else table
+
+
+def _without_parameter(layer: Any, dtype: torch.dtype) -> Tensor:
+    """Take a layer's matrix away; returns what is to be handed to it in each forward."""
+    shape = getattr(layer.weight, "ds_shape", layer.weight.shape)
+    layer.register_parameter("weight", None)
+    return copy_of_embedding(shape, dtype, device.current_device())
 
 
 @contextmanager

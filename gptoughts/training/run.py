@@ -19,10 +19,12 @@ from gptoughts.config.resolve import Experiment
 from gptoughts.data.corpus import CorpusInfo, inspect_corpus
 from gptoughts.data.tokenizer import with_special_tokens
 from gptoughts.engine.lr_schedule import build_schedule
-from gptoughts.errors import DataError
+from gptoughts.errors import DataError, GptoughtsError
 from gptoughts.models.flops import count_parameters
 from gptoughts.models.registry import FAMILIES
+from gptoughts.models.stages import all_names
 from gptoughts.parallel import groups
+from gptoughts.parallel.heartbeat import Heartbeat, is_communication_error
 from gptoughts.platform import determinism, device
 from gptoughts.platform.extension_locks import clear_stale_locks
 from gptoughts.training.callbacks import ValidationCallback
@@ -42,6 +44,7 @@ from gptoughts.training.setup import (
     seq_length,
 )
 from gptoughts.training.signals import StopRequests
+from gptoughts.training.summary import describe_ranks, describe_stages
 from gptoughts.training.trainer import Callback, Trainer, TrainState
 
 
@@ -70,12 +73,39 @@ def run(
             determinism.enable()
         is_world_ours = not dist.is_initialized()
         groups.initialize(config.parallel, seed=config.seed)
+        heartbeat = Heartbeat(
+            groups.rendezvous_store(),
+            rank=dist.get_rank(),
+            # Who made the world watches over it.
+            world_size=dist.get_world_size() if is_world_ours else 1,
+            timeout_seconds=config.parallel.heartbeat_seconds,
+        )
         try:
-            with open_run(Path(config.output_dir)) as run_folder:
-                return _run(experiment, run_folder, stop, extra_callbacks)
+            with heartbeat, open_run(Path(config.output_dir)) as run_folder:
+                return _run_watched(experiment, run_folder, stop, extra_callbacks, heartbeat)
         finally:
             if is_world_ours:
                 groups.destroy()
+
+
+def _run_watched(
+    experiment: Experiment,
+    run_folder: Path,
+    stop: StopRequests,
+    extra_callbacks: Sequence[Callback],
+    heartbeat: Heartbeat,
+) -> int:
+    try:
+        status = _run(experiment, run_folder, stop, extra_callbacks)
+        # The store lives with rank 0 (or its launcher): nobody leaves while others need it.
+        dist.barrier()
+        return status
+    except GptoughtsError:
+        raise
+    except RuntimeError as error:
+        if is_communication_error(error):
+            heartbeat.raise_if_lost(wait=True)
+        raise
 
 
 def _run(experiment: Experiment, run_folder: Path, stop: StopRequests, extra_callbacks: Sequence[Callback]) -> int:
@@ -91,7 +121,8 @@ def _run(experiment: Experiment, run_folder: Path, stop: StopRequests, extra_cal
         folder = run_folder / "monitor"
         on_rank_zero(run_folder, lambda: folder.mkdir(exist_ok=True))
         os.environ.setdefault("WANDB_DIR", str(folder.absolute()))
-    engine, objective, names = build_engine(experiment, token_bytes)
+    engine, objective, parameters = build_engine(experiment, token_bytes)
+    names = all_names(list(parameters))
     manager = CheckpointManager(
         run_folder,
         config.checkpoint.keep_last,
@@ -102,7 +133,7 @@ def _run(experiment: Experiment, run_folder: Path, stop: StopRequests, extra_cal
     state = TrainState()
     reader = manager.find(config.resume)
     if reader is not None:
-        saved = manager.restore(reader, engine, list(names))
+        saved = manager.restore(reader, engine, names)
         state = TrainState(**{key: saved[key] for key in state.as_dict()})
         console.print(f"resumed from {reader.folder} (step {state.step})")
         if config.init_from is not None:
@@ -177,8 +208,8 @@ def announcement(experiment: Experiment, corpus: CorpusInfo) -> list[str]:
     return [
         f"{config.model_type} {config.size}: {count.total:,} parameters, {precision(config)}, "
         f"ZeRO stage {experiment.zero_stage}",
-        f"{device.describe()}, {dist.get_world_size()} rank(s): tensor {config.parallel.tensor}, "
-        f"data {experiment.data_parallel_size}",
+        f"{device.describe()}, {dist.get_world_size()} rank(s): {describe_ranks(experiment)}",
+        *describe_stages(experiment),
         f"{experiment.samples_per_step} samples of {seq_length(config)} tokens per step{accumulated}; corpus of "
         f"{corpus.num_train_tokens:,} tokens",
     ]
