@@ -17,6 +17,8 @@ class ModelConfig:
         {"attention_dropout", "hidden_dropout", "init_method_std", "seq_length"}
     )
     """Fields that may change between a checkpoint and its resumption."""
+    LATER_FIELDS: ClassVar[frozenset[str]] = frozenset()
+    """Fields that checkpoints of earlier versions do not name; there they had their default."""
 
     num_layers: int = 4
     """Transformer layers."""
@@ -112,11 +114,27 @@ class ModelConfig:
         """Parameters of all layers that a token passes."""
         return self.num_layers * self.active_layer_parameters()
 
+    def mtp_depths(self) -> int:
+        """Depths of multi-token prediction."""
+        return 0
+
+    def mtp_scaling_factor(self) -> float:
+        """Factor of the mean loss of those depths in what is learned from."""
+        return 0.0
+
+    def mtp_parameters(self) -> int:
+        """Parameters of multi-token prediction's own; embedding and output layer are the model's."""
+        return 0
+
+    def active_mtp_parameters(self) -> int:
+        """Parameters of them that a token passes."""
+        return 0
+
     def embedding_parameters(self) -> int:
         """Parameters of the embedding matrix, padding included."""
         return self.padded_vocab_size * self.hidden_size
 
     def total_parameters(self) -> int:
-        """Parameters of the whole model, padding of the vocabulary included."""
+        """Parameters of the whole model, padding of the vocabulary included, without multi-token prediction."""
         matrices = 2 if self.untie_embeddings_and_output_weights else 1
         return matrices * self.embedding_parameters() + self.all_layers_parameters() + self.hidden_size

@@ -26,7 +26,9 @@ from gptoughts.config.experiment import ExperimentConfig
 from gptoughts.models.cross_entropy import cross_entropy
 from gptoughts.models.expert_load import finish_step
 from gptoughts.models.initialization import Gathered, initialize_parameters, keep_as_is
+from gptoughts.models.multi_token_prediction import MultiTokenPrediction
 from gptoughts.models.rotary import rotary_table
+from gptoughts.objectives.multi_token import shift_left
 from gptoughts.parallel import groups
 
 AnyTensor = TypeVar("AnyTensor", bound=Tensor)
@@ -38,6 +40,8 @@ _LAYER = re.compile(r"(?<=decoder\.layers\.)\d+(?=\.)")
 class LanguageModel(GPTModel):
     """A decoder with rotary positions.
 
+    Its module ``mtp`` exists where there is multi-token prediction only: megatron-core's schedules look for it by name.
+
     Args:
         config: megatron-core's configuration.
         block_spec: Layers of this stage and the final norm.
@@ -48,6 +52,7 @@ class LanguageModel(GPTModel):
         rotary_frequencies: Radians per position of each pair where they are scaled; unset: the base's.
         rotary_amplitude: What their cos and sin are multiplied by.
         share_embeddings_and_output_weights: One matrix for both ends.
+        mtp_num_layers: Depths of multi-token prediction, with layers like the last of ``block_spec``.
         pre_process: This stage embeds tokens.
         post_process: This stage makes logits.
         vp_stage: Virtual pipeline stage.
@@ -65,6 +70,7 @@ class LanguageModel(GPTModel):
         share_embeddings_and_output_weights: bool,
         rotary_frequencies: tuple[float, ...] | None = None,
         rotary_amplitude: float = 1.0,
+        mtp_num_layers: int = 0,
         pre_process: bool = True,
         post_process: bool = True,
         vp_stage: int | None = None,
@@ -86,6 +92,11 @@ class LanguageModel(GPTModel):
         self.rotary_base = rotary_base
         self.rotary_frequencies = rotary_frequencies
         self.rotary_amplitude = rotary_amplitude
+        self.num_depths = mtp_num_layers if post_process else 0
+        if self.num_depths:
+            assert pre_process, "multi-token prediction needs the embedding where the output layer is"
+            layer, norm = block_spec.layer_specs[-1], block_spec.layer_norm
+            self.mtp = MultiTokenPrediction(config, mtp_num_layers, layer, norm, vp_stage=vp_stage)
 
     def forward(  # type: ignore[override]
         self,
@@ -108,26 +119,45 @@ class LanguageModel(GPTModel):
                 runs at these alone, and the loss elsewhere reads 0.
 
         Returns:
-            fp32 [b, s] nats with labels; logits [b, s, whole vocabulary] without; [s, b, h] before the last stage.
+            With labels fp32 [b, s] nats, or, where a model with multi-token prediction trains, [1 + depths, b, s], the
+            main model's first; logits [b, s, whole vocabulary] without; [s, b, h] before the last stage.
 
         Collective: tensor-parallel group.
         """
         assert input_ids is not None, "every stage gets the tokens: their shape gives the positions"
         hidden_states = self.embedding(input_ids=input_ids, position_ids=None) if self.pre_process else None
-        hidden_states = self.decoder(
-            hidden_states=hidden_states,
-            attention_mask=attention_mask,
-            rotary_pos_emb=self._rotary_table(input_ids.size(1), position_ids),
-            packed_seq_params=packed_seq_params,
-        )
+        layer_inputs = {
+            "attention_mask": attention_mask,
+            "rotary_pos_emb": self._rotary_table(input_ids.size(1), position_ids),
+            "packed_seq_params": packed_seq_params,
+        }
+        hidden_states = self.decoder(hidden_states=hidden_states, **layer_inputs)
         if not self.post_process:
             return hidden_states
-        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
-        if labels is not None and selected_positions is not None:
-            return self._selected_loss(hidden_states, labels, selected_positions, weight)
-        logits, _ = self.output_layer(hidden_states, weight=weight)
         if labels is None:
+            logits, _ = self.output_layer(hidden_states, weight=self._tied_weight())
             return gather_from_tensor_model_parallel_region(logits).transpose(0, 1)
+        loss = self._token_loss(hidden_states, labels, selected_positions)
+        if not self.num_depths or not self.training:
+            return loss
+        # After the main output layer: so the modules that evaluation runs are the first of those that training runs,
+        # and ZeRO-3 keeps the order that it has recorded.
+        losses = [loss]
+        for depth, layer in enumerate(self.mtp.layers, start=1):
+            embedded = self.embedding(input_ids=shift_left(input_ids, depth), position_ids=None)
+            hidden_states = layer(hidden_states, embedded, **layer_inputs)
+            selected = None if selected_positions is None else _shifted(selected_positions, depth, labels.size(1))
+            losses.append(self._token_loss(hidden_states, shift_left(labels, depth), selected))
+        return torch.stack(losses)
+
+    def _tied_weight(self) -> Tensor | None:
+        return self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+
+    def _token_loss(self, hidden_states: Tensor, labels: Tensor, selected_positions: Tensor | None) -> Tensor:
+        """fp32 [b, s] of hidden states [s, b, h]. Collective: tensor-parallel group."""
+        if selected_positions is not None:
+            return self._selected_loss(hidden_states, labels, selected_positions, self._tied_weight())
+        logits, _ = self.output_layer(hidden_states, weight=self._tied_weight())
         return self.compute_language_model_loss(labels, logits)
 
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
@@ -170,6 +200,11 @@ class LanguageModel(GPTModel):
             amplitude=self.rotary_amplitude,
         )
         return table[:, :length] if position_ids is None else table
+
+
+def _shifted(selected: Tensor, places: int, length: int) -> Tensor:
+    """Indices into the flattened [b, length], each moved to the left within its row; those that leave it are dropped."""
+    return selected[selected % length >= places] - places
 
 
 @contextmanager
@@ -221,6 +256,7 @@ def build_language_model(
     rotary_dim: int,
     rotary_frequencies: tuple[float, ...] | None = None,
     rotary_amplitude: float = 1.0,
+    mtp_num_layers: int = 0,
     pre_process: bool = True,
     post_process: bool = True,
     vp_stage: int | None = None,
@@ -236,6 +272,7 @@ def build_language_model(
         rotary_dim: Size of a head's rotary part.
         rotary_frequencies: Radians per position of each pair where they are scaled; unset: the base's.
         rotary_amplitude: What their cos and sin are multiplied by.
+        mtp_num_layers: Depths of multi-token prediction.
         pre_process: This stage embeds tokens.
         post_process: This stage makes logits.
         vp_stage: Virtual pipeline stage.
@@ -256,6 +293,7 @@ def build_language_model(
             rotary_frequencies=rotary_frequencies,
             rotary_amplitude=rotary_amplitude,
             share_embeddings_and_output_weights=not model.untie_embeddings_and_output_weights,
+            mtp_num_layers=mtp_num_layers,
             pre_process=pre_process,
             post_process=post_process,
             vp_stage=vp_stage,

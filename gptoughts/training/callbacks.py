@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from gptoughts.checkpoint.manager import CheckpointManager
+from gptoughts.objectives.multi_token import multi_token_figures
 from gptoughts.training.evaluate import ValidationResult, Validator
 from gptoughts.training.metrics import MetricsFile
 from gptoughts.training.trainer import Callback, StepReport, Trainer
@@ -122,6 +123,7 @@ class MetricsCallback(Callback):
             "consumed_tokens": trainer.state.consumed_tokens,
             "memory_bytes": self._memory_bytes(),
             "seconds": trainer.state.seconds,
+            **multi_token_figures(newest.result.extras),
             **newest.result.figures,
         }
         if self._validation is not None:

@@ -173,9 +173,10 @@ def announcement(experiment: Experiment, corpus: CorpusInfo) -> list[str]:
     """What the terminal says before the first step."""
     config = experiment.config
     count = count_parameters(FAMILIES[config.model_type], config.model)
+    further = f" and {count.mtp:,} in multi-token prediction" if count.mtp else ""
     accumulated = f", {experiment.num_microbatches} microbatches" if experiment.num_microbatches > 1 else ""
     return [
-        f"{config.model_type} {config.size}: {count.total:,} parameters, {precision(config)}, "
+        f"{config.model_type} {config.size}: {count.total:,} parameters{further}, {precision(config)}, "
         f"ZeRO stage {experiment.zero_stage}",
         f"{device.describe()}, {dist.get_world_size()} rank(s): tensor {config.parallel.tensor}, "
         f"data {experiment.data_parallel_size}",

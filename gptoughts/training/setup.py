@@ -26,6 +26,7 @@ from gptoughts.models.flops import flops_per_token
 from gptoughts.models.language_model import global_buffer_names, global_parameter_names
 from gptoughts.models.registry import FAMILIES
 from gptoughts.objectives.base import ModelInputs, Objective
+from gptoughts.objectives.multi_token import MultiTokenLoss
 from gptoughts.parallel import groups
 from gptoughts.platform import device
 from gptoughts.training.callbacks import (
@@ -48,17 +49,24 @@ class ForwardStep:
 
     objective: Objective
     token_bytes: torch.Tensor
+    multi_token_loss: MultiTokenLoss
 
     def __call__(self, chunk: nn.Module, inputs: ModelInputs) -> ForwardOutput:
-        per_token_loss = chunk(
+        losses = chunk(
             inputs.input_ids,
             inputs.position_ids,
             inputs.attention_mask,
             labels=inputs.labels,
             selected_positions=inputs.selected_positions,
         )
-        loss_sum = self.objective.reduce(per_token_loss, inputs.loss_weights)
-        return ForwardOutput(loss_sum, {TARGET_BYTES: bytes_of(inputs.labels, inputs.is_counted, self.token_bytes)})
+        extras = {TARGET_BYTES: bytes_of(inputs.labels, inputs.is_counted, self.token_bytes)}
+        if losses.dim() == inputs.labels.dim():
+            return ForwardOutput(self.objective.reduce(losses, inputs.loss_weights), extras)
+        # A model with multi-token prediction, in training: the main loss first, then one per depth.
+        auxiliary_sum, further_extras = self.multi_token_loss(losses[1:], inputs)
+        return ForwardOutput(
+            self.objective.reduce(losses[0], inputs.loss_weights), extras | further_extras, auxiliary_sum
+        )
 
 
 def precision(config: ExperimentConfig) -> str:
@@ -138,7 +146,7 @@ def build_engine(experiment: Experiment, token_bytes: torch.Tensor) -> tuple[Tra
     names = global_parameter_names(model)
     engine = TrainEngine(
         [model],
-        ForwardStep(objective, token_bytes),
+        ForwardStep(objective, token_bytes, MultiTokenLoss(config.model.mtp_scaling_factor())),
         config.optim,
         experiment.deepspeed,
         parameter_names=names,

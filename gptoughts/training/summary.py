@@ -40,12 +40,14 @@ def print_summary(experiment: Experiment, family: Family) -> None:
     count = count_parameters(family, config.model)
     sequence = config.block_size or config.model.seq_length
     flops = flops_per_token(family, config.model, sequence)
-    memory = memory_per_rank(experiment, count.total)
+    memory = memory_per_rank(experiment, count.total + count.mtp)
     print(to_yaml(config).rstrip())
     print("\n# DeepSpeed")
     print(json.dumps(experiment.deepspeed, indent=2))
     print("\n# cost")
     print(f"parameters                {count.total:,} ({count.embedding:,} in the embedding)")
+    if count.mtp:
+        print(f"in multi-token prediction {count.mtp:,} more (in training only)")
     print(f"FLOPs per token           {flops:,} (forward and backward, sequence of {sequence})")
     print(
         f"samples per step          {experiment.samples_per_step} ({experiment.samples_per_step * sequence:,} tokens)"

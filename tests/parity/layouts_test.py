@@ -99,24 +99,24 @@ def reference_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(("family", "layout"), CASES)
 def test_layout_equals_one_rank(family: str, layout: Layout, tmp_path: Path, reference_folder: Path) -> None:
-    expected, expected_run = reference(family, reference_folder / family)
-    found, found_run = run_case(family, layout, tmp_path)
+    check_equal(run_case(family, layout, tmp_path), reference(family, reference_folder / family))
 
+
+def check_equal(ours: Run, theirs: Run) -> None:
+    """Step 1, the later steps and the weights after the last, as docs/numerical_stability.md has it."""
+    (found, found_run), (expected, expected_run) = ours, theirs
     assert found[0]["loss"] == pytest.approx(expected[0]["loss"], rel=STEP_1_LOSS_RELATIVE)
     there, here = gradients(expected_run), gradients(found_run)
     assert here.keys() == there.keys()
     for name, gradient in there.items():
         assert relative(here[name], gradient) <= STEP_1_GRADIENT_RELATIVE, name
 
-    for step, (ours, theirs) in enumerate(zip(found, expected, strict=True), start=1):
-        assert ours["loss"] == pytest.approx(theirs["loss"], rel=LATER_LOSS_RELATIVE), f"step {step}"
-        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=LATER_GRAD_NORM_RELATIVE), f"step {step}"
-        assert ours["applied"]
+    for step, (our_step, their_step) in enumerate(zip(found, expected, strict=True), start=1):
+        assert our_step["loss"] == pytest.approx(their_step["loss"], rel=LATER_LOSS_RELATIVE), f"step {step}"
+        assert our_step["grad_norm"] == pytest.approx(
+            their_step["grad_norm"], rel=LATER_GRAD_NORM_RELATIVE
+        ), f"step {step}"
+        assert our_step["applied"]
     there, here = weights(expected_run, STEPS), weights(found_run, STEPS)
     for name, weight in there.items():
         assert relative(here[name], weight) <= LATER_WEIGHT_RELATIVE, name
-
-
-def test_the_reference_learns() -> None:
-    for family, (history, _) in _runs.items():
-        assert history[-1]["loss"] < 0.9 * history[0]["loss"], family

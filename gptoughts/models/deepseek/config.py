@@ -7,7 +7,7 @@ layers stay dense (DeepSeekMoE, arXiv:2401.06066; DeepSeek-V2, arXiv:2405.04434;
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from gptoughts.models.mla.config import MLAConfig
 
@@ -15,6 +15,9 @@ from gptoughts.models.mla.config import MLAConfig
 @dataclass(frozen=True)
 class DeepSeekConfig(MLAConfig):
     """Fields of the family ``deepseek``."""
+
+    RUN_ONLY_FIELDS: ClassVar[frozenset[str]] = MLAConfig.RUN_ONLY_FIELDS | {"mtp_loss_scaling_factor"}
+    LATER_FIELDS: ClassVar[frozenset[str]] = MLAConfig.LATER_FIELDS | {"mtp_num_layers"}
 
     first_k_dense_layers: int = 1
     """Layers at the bottom whose feed-forward part is dense, ``ffn_hidden_size`` wide."""
@@ -56,6 +59,10 @@ class DeepSeekConfig(MLAConfig):
     """YaRN: cos and sin are multiplied by m(mscale) / m(mscale_all_dim), m(x) = 0.1 x ln(factor) + 1."""
     mscale_all_dim: float = 0.0
     """YaRN: attention scores are multiplied by m(mscale_all_dim) squared."""
+    mtp_num_layers: int = 0
+    """Depths of multi-token prediction: modules behind the model, each of which learns to predict one token further."""
+    mtp_loss_scaling_factor: float = 0.3
+    """Factor of the mean loss of those depths in what is learned from; it may change when a run goes on."""
 
     def problems(self) -> list[str]:
         """Everything about this shape that cannot be built, one line each."""
@@ -70,7 +77,7 @@ class DeepSeekConfig(MLAConfig):
             if not value > 0:
                 found.append(f"{name}={value}: must be greater than 0")
         for name in ("moe_shared_expert_intermediate_size", "moe_router_bias_update_rate", "moe_aux_loss_coeff",
-                     "moe_z_loss_coeff", "mscale", "mscale_all_dim"):  # fmt: skip
+                     "moe_z_loss_coeff", "mscale", "mscale_all_dim", "mtp_num_layers", "mtp_loss_scaling_factor"):  # fmt: skip
             value = getattr(self, name)
             if not value >= 0:
                 found.append(f"{name}={value}: must be 0 or greater")
@@ -136,6 +143,26 @@ class DeepSeekConfig(MLAConfig):
     def active_layers_parameters(self) -> int:
         """Parameters of all layers that a token passes."""
         return self._all_layers(self.moe_router_topk)
+
+    def mtp_depths(self) -> int:
+        """Depths of multi-token prediction."""
+        return self.mtp_num_layers
+
+    def mtp_scaling_factor(self) -> float:
+        """Factor of the mean loss of those depths in what is learned from."""
+        return self.mtp_loss_scaling_factor
+
+    def mtp_parameters(self) -> int:
+        """Parameters of all its depths: each a layer with experts, the projection of [embedding ; state], three norms."""
+        return self._mtp(self.num_moe_experts)
+
+    def active_mtp_parameters(self) -> int:
+        """Parameters of them that a token passes."""
+        return self._mtp(self.moe_router_topk)
+
+    def _mtp(self, experts: int) -> int:
+        projection = 2 * self.hidden_size * self.hidden_size
+        return self.mtp_num_layers * (self._expert_layer(experts) + projection + 3 * self.hidden_size)
 
     def _all_layers(self, experts: int) -> int:
         dense = self.attention_parameters() + self.feed_forward_parameters() + 2 * self.hidden_size

@@ -62,6 +62,7 @@ def build_model(
         rotary_dim=rotary_dim,
         rotary_frequencies=None if yarn is None else yarn.frequencies(rotary_dim, model.rotary_base),
         rotary_amplitude=1.0 if yarn is None else yarn.amplitude,
+        mtp_num_layers=model.mtp_num_layers,
         pre_process=pre_process,
         post_process=post_process,
         vp_stage=vp_stage,
