@@ -164,12 +164,20 @@ class CheckpointReader:
             raise CheckpointError(f"{self.folder}: {name} ({kind}) lacks elements {reached} to {stop}")
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def full(self, name: str, kind: str = WEIGHT) -> Tensor:
-        """A whole tensor in its global shape, on the CPU."""
+    def full(self, name: str, kind: str = WEIGHT, index: int | None = None) -> Tensor:
+        """A whole tensor in its global shape, on the CPU; with ``index`` that slice of its first dim alone."""
         saved = self.describe(name, kind)
-        numel = torch.Size(saved.shard_shape).numel()
-        shards = [self.range(name, kind, rank, 0, numel).view(saved.shard_shape) for rank in range(saved.tensor_size)]
-        return partition.merge(shards, saved.partition_dim, saved.partition_stride)
+        shape, dim = saved.shard_shape, saved.partition_dim
+        ranks, start = range(saved.tensor_size), 0
+        if index is not None:
+            if dim == 0:  # the slice lies on one rank
+                assert saved.partition_stride == 1, name
+                ranks, index, dim = range(index // shape[0], index // shape[0] + 1), index % shape[0], None
+            shape, dim = shape[1:], None if dim is None else dim - 1
+            start = index * torch.Size(shape).numel()
+        stop = start + torch.Size(shape).numel()
+        shards = [self.range(name, kind, rank, start, stop).view(shape) for rank in ranks]
+        return partition.merge(shards, dim, saved.partition_stride)
 
     def fragment(self, wanted: StateFragment, *, tensor_rank: int, tensor_size: int) -> Tensor:
         """What a live fragment of the present layout should hold.

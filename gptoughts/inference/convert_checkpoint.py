@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 LARGEST_LOGIT_ERROR = 1e-3
 """Of ``--verify``, relative to the largest logit; fp32 sums in another order differ by some 1e-6."""
-_DTYPES = {"stored": None, "fp32": "F32", "bf16": "BF16", "fp16": "F16"}
+_DTYPES: dict[str, str | None] = {"stored": None, "fp32": "F32", "bf16": "BF16", "fp16": "F16"}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -24,6 +24,10 @@ def build_parser() -> argparse.ArgumentParser:
     to_ours = ways.add_parser("hf-to-gptoughts", help="a Hugging Face folder becomes a run with one checkpoint")
     to_theirs = ways.add_parser("gptoughts-to-hf", help="a run or checkpoint becomes a Hugging Face folder")
     to_ours.add_argument("--input", type=Path, required=True, help="folder with config.json and safetensors")
+    to_ours.add_argument(
+        "--dequantize_to", choices=["bf16", "fp32"], default="bf16",
+        help="dtype of matrices that are stored in FP8 by blocks (DeepSeek-V3's files)",
+    )  # fmt: skip
     to_theirs.add_argument("--input", type=Path, required=True, help="a run (its newest checkpoint), or a checkpoint")
     to_theirs.add_argument(
         "--dtype", choices=list(_DTYPES), default="stored", help="dtype of the weights; a trained run stores fp32"
@@ -58,7 +62,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     num_bytes = int(arguments.max_file_gb * 1e9)
     if arguments.way == "hf-to-gptoughts":
         check = _check(text, lambda made: (made, source))
-        made = import_model(source, output, max_file_bytes=num_bytes, check=check)
+        made = import_model(
+            source, output, dequantized=_DTYPES[arguments.dequantize_to] or "", max_file_bytes=num_bytes, check=check
+        )
     else:
         check = _check(text, lambda made: (source, made))
         made = export_model(source, output, dtype=_DTYPES[arguments.dtype], max_file_bytes=num_bytes, check=check)

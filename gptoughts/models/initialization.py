@@ -43,7 +43,7 @@ def initialize_parameters(
     """Write every parameter's initial value.
 
     Args:
-        parameters: By global name (``language_model.global_parameter_names``).
+        parameters: By global name (``language_model.global_parameter_names``); those on the meta device have no values.
         seed: The run's seed.
         std: Standard deviation of matrices.
         num_layers: Layers of the whole model, for the residual outputs' scale.
@@ -54,6 +54,8 @@ def initialize_parameters(
     Collective: the data-parallel group where ``gathered`` is ZeRO-3's.
     """
     for name, parameter in parameters.items():
+        if parameter.is_meta:
+            continue
         with gathered([parameter]), torch.no_grad():
             dim, stride = partition_of(parameter)
             shape = list(parameter.shape)

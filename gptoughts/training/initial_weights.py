@@ -11,14 +11,14 @@ from torch import Tensor
 from gptoughts.checkpoint import layout
 from gptoughts.checkpoint.huggingface.formats import is_huggingface
 from gptoughts.checkpoint.huggingface.weights import HuggingFaceWeights
-from gptoughts.checkpoint.portable import WEIGHT, CheckpointReader
+from gptoughts.checkpoint.portable import BUFFER, WEIGHT, CheckpointReader
 from gptoughts.engine.interface import Engine, StateFragment
 from gptoughts.errors import CheckpointError
 from gptoughts.parallel import groups
 
 
 def load_initial_weights(path: Path, engine: Engine, names: Iterable[str]) -> Path:
-    """Fill the engine's weights; moments and counters stay as they are.
+    """Fill the engine's weights and buffers (biases of routers); moments and counters stay as they are.
 
     Args:
         path: A Hugging Face folder, a run, or a checkpoint.
@@ -34,7 +34,7 @@ def load_initial_weights(path: Path, engine: Engine, names: Iterable[str]) -> Pa
     tensor_rank, tensor_size = groups.tensor_parallel_rank(), groups.tensor_parallel_size()
 
     def read(fragment: StateFragment) -> Tensor:
-        if fragment.kind != WEIGHT:
+        if fragment.kind not in (WEIGHT, BUFFER):
             return fragment.tensor
         return source.fragment(fragment, tensor_rank=tensor_rank, tensor_size=tensor_size)
 

@@ -33,7 +33,7 @@ def call(*commands: list[str]) -> list[str]:
     return said
 
 
-@pytest.mark.parametrize("kind", ["llama", "deepseek"])
+@pytest.mark.parametrize("kind", ["llama", "deepseek", "deepseek-v3-moe", "deepseek-v2-moe"])
 def test_verified_there_and_back_and_sampled(kind: str, publish: Publish, tmp_path: Path) -> None:  # noqa: F811
     source, run, back = publish(kind, dtype=torch.float32), tmp_path / "run", tmp_path / "back"
     (there, sampled, again), = run_distributed(
@@ -70,8 +70,18 @@ def train_and_export(family: str, folder: str, tokenizer: str, extra: tuple[str,
         ("gpt", ("--model.add_qkv_bias=true",), transformers.Qwen2ForCausalLM),
         ("gpt", ("--model.qk_layernorm=true",), transformers.Qwen3ForCausalLM),
         ("mla", (), transformers.DeepseekV3ForCausalLM),
+        ("deepseek", ("--model.moe_router_bias_update_rate=0.05",), transformers.DeepseekV3ForCausalLM),
+        (
+            "deepseek",
+            (
+                "--model.moe_router_score_function=softmax", "--model.moe_router_enable_expert_bias=false",
+                "--model.moe_router_normalize_gates=false", "--model.rotary_scaling_factor=4",
+                "--model.original_max_position_embeddings=16", "--model.mscale=0.7", "--model.mscale_all_dim=0.9",
+            ),
+            transformers.DeepseekV2ForCausalLM,
+        ),
     ],
-)
+)  # fmt: skip
 def test_what_we_trained_is_loaded_without_custom_code(
     family: str, extra: tuple[str, ...], expected: type, tokenizer_folder: Path, tmp_path: Path  # noqa: F811
 ) -> None:  # fmt: skip

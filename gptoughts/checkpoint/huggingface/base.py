@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
+from gptoughts.checkpoint.huggingface.fp8 import read_quantization
 from gptoughts.checkpoint.huggingface.transforms import PaddedRows, Same, Stacked, Transform
 from gptoughts.config.model import ModelConfig
 
 Shape = tuple[int, ...]
 
+EMBEDDING = "embedding.word_embeddings.weight"
 _NO_WEIGHTS = re.compile(r"rotary_emb\.inv_freq$")
 """Tensors in older files that are no weights."""
 
@@ -25,6 +27,17 @@ class Entry:
     theirs: Mapping[str, Shape]
     """Published name -> shape, in the transform's order."""
     transform: Transform = field(default_factory=Same)
+    slices: int | None = None
+    """Slices along our first dim that the transform makes one by one, each of the same number of published tensors
+    in a row (experts); unset: it makes the whole."""
+    kind: Literal["weight", "buffer"] = "weight"
+    """A buffer is no parameter (the bias of a router) and keeps its dtype whatever is asked for the weights."""
+
+    def sources(self) -> list[list[str]]:
+        """Published names of each slice, in order; one list where there are no slices."""
+        names = list(self.theirs)
+        size = len(names) // (self.slices or 1)
+        return [names[start : start + size] for start in range(0, len(names), size)]
 
 
 @dataclass(frozen=True)
@@ -48,6 +61,10 @@ class Format:
     """Why a shape of ours cannot be written in this format; empty: it can."""
     entries: Callable[[Any], list[Entry]]
     """Our shape -> table of tensors."""
+    is_for: Callable[[Mapping[str, Any]], bool] = lambda config: True
+    """Whether a config.json of this ``model_type`` is one of this family."""
+    is_in_transformers: bool = True
+    """Whether transformers has the class; elsewhere it comes with the model, and is never run here."""
 
 
 def is_ignorable(name: str) -> bool:
@@ -55,16 +72,19 @@ def is_ignorable(name: str) -> bool:
     return _NO_WEIGHTS.search(name) is not None
 
 
-def ends(model: ModelConfig) -> list[Entry]:
-    """Embedding, final norm and output layer, under the names that Llama gave them."""
-    hidden, rows, padded = model.hidden_size, model.vocab_size, model.padded_vocab_size
+def ends(model: ModelConfig, rows: int | None = None) -> list[Entry]:
+    """Embedding, final norm and output layer, under the names that Llama gave them; ``rows`` of the vocabulary (unset:
+    as many as the tokenizer has entries) are published.
+    """
+    rows = model.vocab_size if rows is None else rows
+    hidden, padded = model.hidden_size, model.padded_vocab_size
     padding = PaddedRows(rows, padded) if rows != padded else Same()
 
     def vocabulary(ours: str, theirs: str) -> Entry:
         return Entry(ours, (padded, hidden), {theirs: (rows, hidden)}, padding)
 
     found = [
-        vocabulary("embedding.word_embeddings.weight", "model.embed_tokens.weight"),
+        vocabulary(EMBEDDING, "model.embed_tokens.weight"),
         Entry("decoder.final_layernorm.weight", (hidden,), {"model.norm.weight": (hidden,)}),
     ]
     if model.untie_embeddings_and_output_weights:
@@ -74,28 +94,44 @@ def ends(model: ModelConfig) -> list[Entry]:
 
 def block(model: ModelConfig, ours: str, theirs: str) -> list[Entry]:
     """A layer's two norms and its SwiGLU, under the names that Llama gave them."""
-    hidden, width = model.hidden_size, model.ffn_hidden_size
-    matrix = (width, hidden)
+    return layer_norms(model, ours, theirs) + swiglu(
+        f"{ours}mlp.", f"{theirs}mlp.", hidden=model.hidden_size, width=model.ffn_hidden_size
+    )
+
+
+def padded_rows(entries: Sequence[Entry]) -> int:
+    """Rows that the vocabulary has here beyond the published ones."""
+    (embedding,) = (entry for entry in entries if entry.ours == EMBEDDING)
+    (published,) = embedding.theirs.values()
+    return embedding.our_shape[0] - published[0]
+
+
+def layer_norms(model: ModelConfig, ours: str, theirs: str) -> list[Entry]:
+    """A layer's two norms."""
+    hidden = model.hidden_size
     return [
         Entry(f"{ours}input_layernorm.weight", (hidden,), {f"{theirs}input_layernorm.weight": (hidden,)}),
         Entry(f"{ours}pre_mlp_layernorm.weight", (hidden,), {f"{theirs}post_attention_layernorm.weight": (hidden,)}),
+    ]
+
+
+def swiglu(ours: str, theirs: str, *, hidden: int, width: int) -> list[Entry]:
+    """A SwiGLU's matrices; gate and up are one of ours."""
+    matrix = (width, hidden)
+    return [
         Entry(
-            f"{ours}mlp.linear_fc1.weight",
+            f"{ours}linear_fc1.weight",
             (2 * width, hidden),
-            {f"{theirs}mlp.gate_proj.weight": matrix, f"{theirs}mlp.up_proj.weight": matrix},
+            {f"{theirs}gate_proj.weight": matrix, f"{theirs}up_proj.weight": matrix},
             Stacked((width, width)),
         ),
-        Entry(f"{ours}mlp.linear_fc2.weight", (hidden, width), {f"{theirs}mlp.down_proj.weight": (hidden, width)}),
+        Entry(f"{ours}linear_fc2.weight", (hidden, width), {f"{theirs}down_proj.weight": (hidden, width)}),
     ]
 
 
-def in_layers(model: ModelConfig, layer: Callable[[str, str], Sequence[Entry]]) -> list[Entry]:
-    """``layer(our prefix, their prefix)`` for every layer."""
-    return [
-        entry
-        for number in range(model.num_layers)
-        for entry in layer(f"decoder.layers.{number}.", f"model.layers.{number}.")
-    ]
+def in_layers(numbers: Iterable[int], layer: Callable[[str, str], Sequence[Entry]]) -> list[Entry]:
+    """``layer(our prefix, their prefix)`` for each of these layers, counted from 0."""
+    return [entry for number in numbers for entry in layer(f"decoder.layers.{number}.", f"model.layers.{number}.")]
 
 
 def common_fields(model: ModelConfig) -> dict[str, Any]:
@@ -120,8 +156,7 @@ def common_values(config: Mapping[str, Any], problems: list[str]) -> dict[str, A
     """Our common fields from config.json; what is missing or cannot be held goes to ``problems``."""
     if config.get("hidden_act", "silu") != "silu":
         problems.append(f"hidden_act={config['hidden_act']!r}: the feed-forward layer here is SwiGLU; allowed: 'silu'")
-    if config.get("quantization_config") is not None:
-        problems.append("quantization_config: quantized weights are not read; dequantize them first")
+    read_quantization(config, problems)
     base = rope_of(config).get("rope_theta", 10000)
     if base != int(base):
         problems.append(f"rope_theta={base}: a whole number is needed")

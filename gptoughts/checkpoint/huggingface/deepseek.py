@@ -25,49 +25,61 @@ _LATENT_EPSILON = 1e-6
 
 def entries(model: MLAConfig) -> list[Entry]:
     """Every tensor of the model."""
+    return ends(model) + in_layers(range(model.num_layers), partial(dense_layer, model))
+
+
+def dense_layer(model: MLAConfig, ours: str, theirs: str) -> list[Entry]:
+    """A layer without experts."""
+    return [*block(model, ours, theirs), *attention_entries(model, ours, theirs)]
+
+
+def attention_entries(model: MLAConfig, ours: str, theirs: str) -> list[Entry]:
+    """A layer's latent attention."""
     hidden, heads, rank = model.hidden_size, model.num_attention_heads, model.kv_lora_rank
     plain, rotary, value = model.qk_head_dim, model.qk_pos_emb_head_dim, model.v_head_dim
     query = heads * (plain + rotary)
 
-    def layer(ours: str, theirs: str) -> list[Entry]:
-        def entry(our_name: str, their_name: str, *shape: int, rotated: InterleavedRotary | None = None) -> Entry:
-            names = f"{ours}self_attention.{our_name}.weight", {f"{theirs}self_attn.{their_name}.weight": shape}
-            return Entry(names[0], shape, names[1]) if rotated is None else Entry(names[0], shape, names[1], rotated)
+    def entry(our_name: str, their_name: str, *shape: int, rotated: InterleavedRotary | None = None) -> Entry:
+        names = f"{ours}self_attention.{our_name}.weight", {f"{theirs}self_attn.{their_name}.weight": shape}
+        return Entry(names[0], shape, names[1]) if rotated is None else Entry(names[0], shape, names[1], rotated)
 
-        turned = InterleavedRotary(heads, plain, rotary)
-        if model.q_lora_rank is None:
-            queries = [entry("linear_q_proj", "q_proj", query, hidden, rotated=turned)]
-        else:
-            queries = [
-                entry("linear_q_down_proj", "q_a_proj", model.q_lora_rank, hidden),
-                entry("q_layernorm", "q_a_layernorm", model.q_lora_rank),
-                entry("linear_q_up_proj", "q_b_proj", query, model.q_lora_rank, rotated=turned),
-            ]
-        shared = InterleavedRotary(1, rank, rotary)
-        return [
-            *block(model, ours, theirs),
-            *queries,
-            entry("linear_kv_down_proj", "kv_a_proj_with_mqa", rank + rotary, hidden, rotated=shared),
-            entry("kv_layernorm", "kv_a_layernorm", rank),
-            entry("linear_kv_up_proj", "kv_b_proj", heads * (plain + value), rank),
-            entry("linear_proj", "o_proj", hidden, heads * value),
+    turned = InterleavedRotary(heads, plain, rotary)
+    if model.q_lora_rank is None:
+        queries = [entry("linear_q_proj", "q_proj", query, hidden, rotated=turned)]
+    else:
+        queries = [
+            entry("linear_q_down_proj", "q_a_proj", model.q_lora_rank, hidden),
+            entry("q_layernorm", "q_a_layernorm", model.q_lora_rank),
+            entry("linear_q_up_proj", "q_b_proj", query, model.q_lora_rank, rotated=turned),
         ]
+    shared = InterleavedRotary(1, rank, rotary)
+    return [
+        *queries,
+        entry("linear_kv_down_proj", "kv_a_proj_with_mqa", rank + rotary, hidden, rotated=shared),
+        entry("kv_layernorm", "kv_a_layernorm", rank),
+        entry("linear_kv_up_proj", "kv_b_proj", heads * (plain + value), rank),
+        entry("linear_proj", "o_proj", hidden, heads * value),
+    ]
 
-    return ends(model) + in_layers(model, layer)
+
+def is_dense(config: Mapping[str, Any]) -> bool:
+    """Whether no layer has experts."""
+    first, layers = config.get("first_k_dense_replace"), config.get("num_hidden_layers")
+    return isinstance(first, int) and isinstance(layers, int) and first >= layers
 
 
 def _read(config: Mapping[str, Any], problems: list[str]) -> MLAConfig | None:
-    values = common_values(config, problems)
-    if (config.get("first_k_dense_replace") or 0) < (config.get("num_hidden_layers") or 0):
-        problems.append(
-            f"first_k_dense_replace={config.get('first_k_dense_replace')}: layers of experts have no place in the "
-            f"family mla; allowed: num_hidden_layers={config.get('num_hidden_layers')}"
-        )
-    if config.get("attention_bias") or config.get("mlp_bias"):
-        problems.append("attention_bias, mlp_bias: biases have no place here; allowed: false")
+    values = common_values(config, problems) | latent_values(config, problems)
     kind = rope_of(config)["rope_type"]
     if kind != "default":
         problems.append(f"rope_type={kind!r}: has no place in the family mla; allowed: 'default'")
+    return None if problems else MLAConfig(**values)
+
+
+def latent_values(config: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
+    """Our fields of latent attention from config.json; what cannot be held goes to ``problems``."""
+    if config.get("attention_bias") or config.get("mlp_bias"):
+        problems.append("attention_bias, mlp_bias: biases have no place here; allowed: false")
     if config.get("rope_interleave", True) is not True:
         problems.append("rope_interleave=false: rotary pairs that are not neighbours are not read")
     if config.get("rms_norm_eps") != _LATENT_EPSILON:
@@ -80,13 +92,11 @@ def _read(config: Mapping[str, Any], problems: list[str]) -> MLAConfig | None:
     problems += [f"{theirs}: missing" for theirs in named.values() if config.get(theirs) is None]
     if "q_lora_rank" not in config:
         problems.append("q_lora_rank: missing; null where queries are not compressed")
-    if problems:
-        return None
-    sizes = {ours: config[theirs] for ours, theirs in named.items()}
-    return MLAConfig(**values, **sizes, q_lora_rank=config.get("q_lora_rank"))
+    return {ours: config.get(theirs) for ours, theirs in named.items()} | {"q_lora_rank": config.get("q_lora_rank")}
 
 
-def _write(model: MLAConfig, *, own: Mapping[str, Any]) -> dict[str, Any]:
+def latent_fields(model: MLAConfig) -> dict[str, Any]:
+    """What config.json says of everything but experts and rotary scaling."""
     return common_fields(model) | {
         "num_key_value_heads": model.num_attention_heads,
         "q_lora_rank": model.q_lora_rank,
@@ -95,13 +105,16 @@ def _write(model: MLAConfig, *, own: Mapping[str, Any]) -> dict[str, Any]:
         "qk_rope_head_dim": model.qk_pos_emb_head_dim,
         "v_head_dim": model.v_head_dim,
         "attention_bias": False,
-        # No layer of experts: these say so; counts of experts then describe nothing.
-        "first_k_dense_replace": model.num_layers,
-        **own,
     }
 
 
-def _refusals(model: MLAConfig, *, needs_divisible: bool) -> list[str]:
+def _write(model: MLAConfig, *, own: Mapping[str, Any]) -> dict[str, Any]:
+    # No layer of experts: this says so; counts of experts then describe nothing.
+    return latent_fields(model) | {"first_k_dense_replace": model.num_layers, **own}
+
+
+def latent_refusals(model: MLAConfig, *, needs_divisible: bool) -> list[str]:
+    """Why transformers' DeepSeek classes cannot hold this attention."""
     found = []
     if model.layernorm_epsilon != _LATENT_EPSILON:
         found.append(f"layernorm_epsilon={model.layernorm_epsilon} (its latent norms always have {_LATENT_EPSILON})")
@@ -110,15 +123,16 @@ def _refusals(model: MLAConfig, *, needs_divisible: bool) -> list[str]:
     return found
 
 
+V3_FIELDS = {"rope_interleave": True, "num_nextn_predict_layers": 0}
+V2_FIELDS = {"mlp_bias": False}
 FORMATS = (
     Format(
-        "deepseek_v3", "DeepseekV3ForCausalLM", "mla", _read,
-        partial(_write, own={"rope_interleave": True, "num_nextn_predict_layers": 0}),
-        partial(_refusals, needs_divisible=False), entries,
+        "deepseek_v3", "DeepseekV3ForCausalLM", "mla", _read, partial(_write, own=V3_FIELDS),
+        partial(latent_refusals, needs_divisible=False), entries, is_dense,
     ),
     Format(
-        "deepseek_v2", "DeepseekV2ForCausalLM", "mla", _read, partial(_write, own={"mlp_bias": False}),
-        partial(_refusals, needs_divisible=True), entries,
+        "deepseek_v2", "DeepseekV2ForCausalLM", "mla", _read, partial(_write, own=V2_FIELDS),
+        partial(latent_refusals, needs_divisible=True), entries, is_dense,
     ),
 )  # fmt: skip
 """In the order in which an export tries them."""

@@ -22,6 +22,7 @@ from gptoughts.checkpoint.huggingface.output import (
     conversion,
     new_folder,
     progress,
+    refuse_check,
 )
 from gptoughts.checkpoint.huggingface.tensor_files import (
     DTYPES,
@@ -32,7 +33,7 @@ from gptoughts.checkpoint.huggingface.tensor_files import (
     plan_files,
     write_file,
 )
-from gptoughts.checkpoint.portable import CheckpointReader
+from gptoughts.checkpoint.portable import BUFFER, WEIGHT, CheckpointReader
 from gptoughts.config.cli import from_yaml
 from gptoughts.config.experiment import ExperimentConfig
 from gptoughts.data.tokenizer import load_tokenizer
@@ -60,49 +61,69 @@ def export_model(
         check: Looks at the finished folder before it gets its name.
     Raises:
         CheckpointError: no good checkpoint, or no format that holds its model; nothing is written.
+        ConfigError: a check for a format that transformers has no class for.
     """
     checkpoint = layout.locate(source)
     layout.check_files(checkpoint)
     config = from_yaml((checkpoint / layout.CONFIG).read_text(encoding="utf-8"), FAMILIES, label=str(checkpoint))
     reader = CheckpointReader(checkpoint)
     published, text = _exported_config(checkpoint, config, dtype)
+    refuse_check(published, check)
     entries = published.format.entries(published.model)
     problems = export_problems(reader, entries)
     if problems:
         raise CheckpointError(problems)
-    origin = {their: entry for entry in entries for their in entry.theirs}
-    cache: dict[str, dict[str, Tensor]] = {}
-
-    def read(name: str) -> Tensor:
-        entry = origin[name]
-        if entry.ours not in cache:
-            cache.clear()  # the tensors made of one of ours follow each other
-            cache[entry.ours] = dict(zip(entry.theirs, entry.transform.split(reader.full(entry.ours)), strict=True))
-        tensor = cache[entry.ours].pop(name)
-        return tensor if dtype is None else tensor.to(DTYPES[dtype])
-
     headers = [
-        TensorHeader(their, dtype or NAMES[reader.dtype(entry.ours)], shape)
+        TensorHeader(their, _written_dtype(reader, entry, dtype), shape)
         for entry in entries
         for their, shape in entry.theirs.items()
     ]
+    read = _published_reader(reader, entries, dtype)
     with new_folder(output) as partial, progress("exporting", headers) as written:
         num_files = _write_published(partial, headers, read, max_file_bytes, written)
         _finish_published(partial, checkpoint, text | {"dtype": _TORCH_NAMES[headers[0].dtype]} if text else None)
         if check is not None:
             check(partial)
-    return conversion(output, published, headers, num_files)
+    return conversion(output, published, entries, headers, num_files)
+
+
+def _written_dtype(reader: CheckpointReader, entry: Entry, dtype: str | None) -> str:
+    return dtype if dtype is not None and entry.kind == WEIGHT else NAMES[reader.dtype(entry.ours, entry.kind)]
+
+
+def _published_reader(
+    reader: CheckpointReader, entries: Sequence[Entry], dtype: str | None
+) -> Callable[[str], list[Tensor]]:
+    """Published tensors by name, each asked for once; those made of one of ours (of one expert) follow each other."""
+    origin = {
+        their: (entry, None if entry.slices is None else number, names)
+        for entry in entries
+        for number, names in enumerate(entry.sources())
+        for their in names
+    }
+    cache: dict[str, Tensor] = {}
+
+    def read(name: str) -> list[Tensor]:
+        entry, number, names = origin[name]
+        if name not in cache:
+            cache.clear()
+            ours = reader.full(entry.ours, entry.kind, number)
+            cache.update(zip(names, entry.transform.split(ours), strict=True))
+        return [cache.pop(name).to(DTYPES[_written_dtype(reader, entry, dtype)])]
+
+    return read
 
 
 def export_problems(reader: CheckpointReader, entries: Sequence[Entry]) -> list[str]:
     """Every unknown, missing or wrong-shaped tensor of a checkpoint, by name."""
-    expected = {entry.ours: entry.our_shape for entry in entries}
-    problems = [f"{name}: unknown to this format" for name in reader.names() if name not in expected]
-    for name, shape in expected.items():
-        if name not in reader.names():
+    expected = {(entry.ours, entry.kind): entry.our_shape for entry in entries}
+    found = {(name, kind) for kind in (WEIGHT, BUFFER) for name in reader.names(kind)}
+    problems = [f"{name}: unknown to this format" for name, _ in sorted(found - expected.keys())]
+    for (name, kind), shape in expected.items():
+        if (name, kind) not in found:
             problems.append(f"{name}: missing, shape {shape} expected")
-        elif reader.describe(name).full_shape != shape:
-            problems.append(f"{name}: shape {reader.describe(name).full_shape}, {shape} expected")
+        elif (there := reader.describe(name, kind).full_shape) != shape:
+            problems.append(f"{name}: shape {there}, {shape} expected")
     return problems
 
 
@@ -127,7 +148,7 @@ def _exported_config(
 def _write_published(
     partial: Path,
     headers: Sequence[TensorHeader],
-    read: Callable[[str], Tensor],
+    read: Callable[[str], list[Tensor]],
     max_file_bytes: int,
     written: Callable[[int], None],
 ) -> int:

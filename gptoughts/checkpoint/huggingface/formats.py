@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gptoughts.checkpoint.huggingface import deepseek, llama
+from gptoughts.checkpoint.huggingface import deepseek, deepseek_moe, llada, llama
 from gptoughts.checkpoint.huggingface.base import Format
+from gptoughts.checkpoint.huggingface.fp8 import BlockQuantization, read_quantization
 from gptoughts.config.model import ModelConfig
 from gptoughts.errors import CheckpointError
 
 CONFIG_FILE = "config.json"
-FORMATS: tuple[Format, ...] = (*llama.FORMATS, *deepseek.FORMATS)
+FORMATS: tuple[Format, ...] = (*llama.FORMATS, *deepseek.FORMATS, *deepseek_moe.FORMATS, *llada.FORMATS)
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,8 @@ class Published:
 
     format: Format
     model: ModelConfig
+    quantization: BlockQuantization | None = None
+    """How the weights are stored where they are quantized."""
 
 
 def is_huggingface(folder: Path) -> bool:
@@ -52,9 +55,9 @@ def understand(config: dict[str, Any], model_type: str | None, label: str) -> Pu
     Raises:
         CheckpointError: it says what cannot be held here; ``label`` names it.
     """
-    found = next((one for one in FORMATS if one.model_type == model_type), None)
+    found = next((one for one in FORMATS if one.model_type == model_type and one.is_for(config)), None)
     if found is None:
-        known = ", ".join(one.model_type for one in FORMATS)
+        known = ", ".join(dict.fromkeys(one.model_type for one in FORMATS))
         raise CheckpointError(f"{label}: model_type={model_type!r}: not one of those that convert: {known}")
     problems: list[str] = []
     model = found.read(config, problems)
@@ -62,7 +65,7 @@ def understand(config: dict[str, Any], model_type: str | None, label: str) -> Pu
         problems += model.problems()
     if problems or model is None:
         raise CheckpointError([f"{label}: {problem}" for problem in problems])
-    return Published(found, model)
+    return Published(found, model, read_quantization(config, []))
 
 
 def format_for(family: str, model: ModelConfig) -> Format:

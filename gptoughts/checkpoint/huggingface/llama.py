@@ -28,6 +28,11 @@ _LLAMA3 = {
 
 def entries(model: GPTConfig) -> list[Entry]:
     """Every tensor of the model."""
+    return ends(model) + in_layers(range(model.num_layers), partial(layer_entries, model))
+
+
+def layer_entries(model: GPTConfig, ours: str, theirs: str) -> list[Entry]:
+    """A layer."""
     filled = model.filled()
     assert filled.num_query_groups is not None
     assert filled.kv_channels is not None
@@ -35,7 +40,7 @@ def entries(model: GPTConfig) -> list[Entry]:
     query, key = model.num_attention_heads * size, groups * size
     heads = GroupedHeads(groups, model.num_attention_heads // groups, size)
 
-    def projections(ours: str, theirs: str, suffix: str, columns: tuple[int, ...]) -> Entry:
+    def projections(suffix: str, columns: tuple[int, ...]) -> Entry:
         rows = {"q_proj": query, "k_proj": key, "v_proj": key}
         return Entry(
             f"{ours}self_attention.linear_qkv.{suffix}",
@@ -44,19 +49,16 @@ def entries(model: GPTConfig) -> list[Entry]:
             heads,
         )
 
-    def layer(ours: str, theirs: str) -> list[Entry]:
-        found = block(model, ours, theirs)
-        found.append(projections(ours, theirs, "weight", (hidden,)))
-        if model.add_qkv_bias:
-            found.append(projections(ours, theirs, "bias", ()))
-        if model.qk_layernorm:
-            norms = [(f"{ours}self_attention.{x}_layernorm", f"{theirs}self_attn.{x}_norm") for x in ("q", "k")]
-            found += [Entry(f"{our}.weight", (size,), {f"{their}.weight": (size,)}) for our, their in norms]
-        our_output, their_output = f"{ours}self_attention.linear_proj.weight", f"{theirs}self_attn.o_proj.weight"
-        found.append(Entry(our_output, (hidden, query), {their_output: (hidden, query)}))
-        return found
-
-    return ends(model) + in_layers(model, layer)
+    found = block(model, ours, theirs)
+    found.append(projections("weight", (hidden,)))
+    if model.add_qkv_bias:
+        found.append(projections("bias", ()))
+    if model.qk_layernorm:
+        norms = [(f"{ours}self_attention.{x}_layernorm", f"{theirs}self_attn.{x}_norm") for x in ("q", "k")]
+        found += [Entry(f"{our}.weight", (size,), {f"{their}.weight": (size,)}) for our, their in norms]
+    our_output, their_output = f"{ours}self_attention.linear_proj.weight", f"{theirs}self_attn.o_proj.weight"
+    found.append(Entry(our_output, (hidden, query), {their_output: (hidden, query)}))
+    return found
 
 
 def _read(

@@ -11,10 +11,10 @@ from pathlib import Path
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from gptoughts.checkpoint import layout
+from gptoughts.checkpoint.huggingface.base import Entry, padded_rows
 from gptoughts.checkpoint.huggingface.formats import CONFIG_FILE, Published
 from gptoughts.checkpoint.huggingface.tensor_files import DTYPES, TensorHeader
-from gptoughts.config.model import ModelConfig
-from gptoughts.errors import CheckpointError
+from gptoughts.errors import CheckpointError, ConfigError
 
 MAX_FILE_BYTES = 5_000_000_000
 CARRIED_FOLDER = "huggingface"
@@ -22,6 +22,7 @@ CARRIED_FOLDER = "huggingface"
 CARRIED_FILES = (
     CONFIG_FILE, "generation_config.json", layout.TOKENIZER, layout.TOKENIZER_CONFIG, "tokenizer.model", "vocab.json",
     "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json",
+    "configuration_llada.py", "modeling_llada.py",
 )  # fmt: skip
 """What is carried along as it is, where a folder has it."""
 
@@ -39,6 +40,15 @@ class Conversion:
     num_files: int
     padded_rows: int
     """Rows of the vocabulary that were added (or left out, on the way back)."""
+
+
+def refuse_check(published: Published, check: Check | None) -> None:
+    """Raise ConfigError where a check is wanted that needs a class which transformers lacks."""
+    if check is not None and not published.format.is_in_transformers:
+        raise ConfigError(
+            f"verify (command line): transformers has no class for model_type={published.format.model_type}, and code "
+            "that comes with a model is not run; leave it out"
+        )
 
 
 @contextmanager
@@ -71,12 +81,9 @@ def progress(what: str, headers: Sequence[TensorHeader]) -> Iterator[Callable[[i
         yield lambda num_bytes: bar.advance(task, num_bytes)
 
 
-def padded_rows(model: ModelConfig) -> int:
-    """Rows that the vocabulary has here beyond the published ones."""
-    return int(model.padded_vocab_size - model.vocab_size)
-
-
-def conversion(output: Path, published: Published, headers: Sequence[TensorHeader], num_files: int) -> Conversion:
+def conversion(
+    output: Path, published: Published, entries: Sequence[Entry], headers: Sequence[TensorHeader], num_files: int
+) -> Conversion:
     """What was written."""
     total = sum(header.num_bytes // DTYPES[header.dtype].itemsize for header in headers)
-    return Conversion(output, published.format.model_type, total, num_files, padded_rows(published.model))
+    return Conversion(output, published.format.model_type, total, num_files, padded_rows(entries))

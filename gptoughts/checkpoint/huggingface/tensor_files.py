@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from gptoughts.checkpoint.huggingface.fp8 import FP8, SCALE_DTYPES, SCALE_SUFFIX, BlockQuantization
 from gptoughts.checkpoint.layout import sync_file
 from gptoughts.errors import CheckpointError
 
@@ -47,12 +48,23 @@ class TensorHeader:
 class TensorFolder:
     """The tensors of a Hugging Face folder by name, read when asked for.
 
+    FP8 matrices look as if they were stored in ``dequantized``; their factors have no names of their own.
+
+    Args:
+        folder: Folder with safetensors.
+        quantization: What config.json says of it.
+        dequantized: safetensors' name of the dtype that FP8 matrices are read in.
+
     Raises:
         CheckpointError: no safetensors, an index that names missing files, or an unreadable file; names it.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, quantization: BlockQuantization | None = None, dequantized: str = "BF16") -> None:
         self.headers: dict[str, TensorHeader] = {}
+        self.problems: list[str] = []
+        """FP8 matrices whose factors are missing or of another shape, by name."""
+        self._quantization = quantization
+        self._scales: dict[str, str] = {}
         self._files: dict[str, Any] = {}
         for path in _weight_files(folder):
             try:
@@ -63,10 +75,31 @@ class TensorFolder:
                     self._files[name] = handle
             except (OSError, SafetensorError) as error:
                 raise CheckpointError(f"{path}: cannot be read ({error})") from None
+        if quantization is not None:
+            self._pair_scales(quantization, dequantized)
+
+    def _pair_scales(self, quantization: BlockQuantization, dequantized: str) -> None:
+        for name, header in list(self.headers.items()):
+            if header.dtype != FP8 or len(header.shape) != 2:
+                continue
+            scale_name, shape = name + SCALE_SUFFIX, quantization.scale_shape(header.shape)
+            scale = self.headers.get(scale_name)
+            if scale is None or scale.shape != shape or scale.dtype not in SCALE_DTYPES:
+                found = "missing" if scale is None else f"{scale.dtype} {scale.shape}"
+                self.problems.append(f"{scale_name}: {found}; {' or '.join(SCALE_DTYPES)} {shape} expected")
+            self.headers.pop(scale_name, None)
+            self._scales[name] = scale_name
+            self.headers[name] = TensorHeader(name, dequantized, header.shape)
 
     def read(self, name: str) -> Tensor:
-        """One tensor, on the CPU, as stored."""
-        return self._files[name].get_tensor(name)
+        """One tensor, on the CPU, in the dtype of its header."""
+        tensor = self._files[name].get_tensor(name)
+        if name not in self._scales:
+            return tensor
+        assert self._quantization is not None
+        scale_name = self._scales[name]
+        whole = self._quantization.dequantize(tensor, self._files[scale_name].get_tensor(scale_name))
+        return whole.to(DTYPES[self.headers[name].dtype])
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -102,7 +135,7 @@ def plan_files(headers: Sequence[TensorHeader], max_file_bytes: int) -> list[lis
 def write_file(
     path: Path,
     headers: Sequence[TensorHeader],
-    read: Callable[[str], Tensor],
+    read: Callable[[str], Iterable[Tensor]],
     *,
     metadata: Mapping[str, str],
     written: Callable[[int], None],
@@ -112,7 +145,7 @@ def write_file(
     Args:
         path: File to write.
         headers: Its tensors, in order.
-        read: Gives a tensor's values when its turn comes.
+        read: Gives a tensor's values when its turn comes, in pieces along its first dim.
         metadata: Texts for the header.
         written: Told the bytes of each tensor.
     Raises:
@@ -129,9 +162,11 @@ def write_file(
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for header in headers:
-            tensor = read(header.name)
-            assert tensor.dtype is DTYPES[header.dtype], header
-            assert tuple(tensor.shape) == header.shape, (header, tensor.shape)
-            file.write(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
-            written(header.num_bytes)
+            num_bytes = 0
+            for tensor in read(header.name):
+                assert tensor.dtype is DTYPES[header.dtype], header
+                file.write(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+                num_bytes += tensor.nbytes
+                written(tensor.nbytes)
+            assert num_bytes == header.num_bytes, (header, num_bytes)
     sync_file(path)

@@ -16,6 +16,10 @@ SHAPE = {
     "vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
     "max_position_embeddings": 64, "rms_norm_eps": 1e-6,
 }  # fmt: skip
+YARN = {
+    "rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16,
+    "beta_fast": 8.0, "beta_slow": 0.2,
+}  # fmt: skip
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {"num_key_value_heads": 2, "eos_token_id": 0, "bos_token_id": None}),
     "llama-tied": ("Llama", {"tie_word_embeddings": True}),
@@ -25,6 +29,18 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "deepseek": ("DeepseekV3", {
         "kv_lora_rank": 24, "q_lora_rank": 20, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 12,
         "first_k_dense_replace": 2, "num_key_value_heads": 4,
+    }),
+    "deepseek-v3-moe": ("DeepseekV3", {
+        "kv_lora_rank": 24, "q_lora_rank": 20, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 12,
+        "first_k_dense_replace": 1, "num_key_value_heads": 4, "moe_intermediate_size": 20, "n_routed_experts": 12,
+        "num_experts_per_tok": 4, "n_group": 4, "topk_group": 3, "n_shared_experts": 2, "routed_scaling_factor": 2.5,
+        "num_hidden_layers": 3, "num_mtp_layers": 0, "rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 1.0},
+    }),
+    "deepseek-v2-moe": ("DeepseekV2", {
+        "kv_lora_rank": 24, "q_lora_rank": None, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 12,
+        "first_k_dense_replace": 1, "moe_intermediate_size": 20, "n_routed_experts": 8, "num_experts_per_tok": 3,
+        "n_group": 4, "topk_group": 2, "topk_method": "group_limited_greedy", "n_shared_experts": 1,
+        "routed_scaling_factor": 16.0, "rope_parameters": YARN | {"mscale": 0.707, "mscale_all_dim": 0.9},
     }),
 }  # fmt: skip
 
@@ -48,10 +64,11 @@ def publish(tmp_path: Path, tokenizer_folder: Path) -> Publish:
         name, own = KINDS[kind]
         torch.manual_seed(5)
         model = getattr(transformers, f"{name}ForCausalLM")(
-            getattr(transformers, f"{name}Config")(**SHAPE, **own, **options)
+            getattr(transformers, f"{name}Config")(**SHAPE | own | options)
         )
-        for parameter in model.parameters():
-            parameter.data.add_(0.2 * torch.randn_like(parameter))
+        biases = [buffer for name, buffer in model.named_buffers() if name.endswith("e_score_correction_bias")]
+        for tensor in (*model.parameters(), *biases):
+            tensor.data.add_(0.2 * torch.randn_like(tensor))
         folder = tmp_path / f"published-{kind}"
         model.to(dtype).save_pretrained(folder, max_shard_size=max_shard_size)
         for file in tokenizer_folder.iterdir():

@@ -127,7 +127,7 @@ def test_a_tied_output_layer_may_be_in_the_file_if_it_is_the_embedding(publish: 
         ({"hidden_size": None}, "hidden_size: missing"),
         ({"model_type": "mistral", "sliding_window": 32}, "sliding_window=32"),
         ({"model_type": "mistral"}, "sliding_window: missing"),
-        ({"model_type": "deepseek_v3", "first_k_dense_replace": 1}, "first_k_dense_replace=1: layers of experts"),
+        ({"model_type": "deepseek_v3", "first_k_dense_replace": 1}, "n_routed_experts: missing"),
     ],
 )
 def test_what_no_family_holds_is_refused(changes: dict, problem: str, publish: Publish, tmp_path: Path) -> None:
