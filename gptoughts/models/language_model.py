@@ -203,7 +203,7 @@ class LanguageModel(GPTModel):
 
 
 def _shifted(selected: Tensor, places: int, length: int) -> Tensor:
-    """Indices into the flattened [b, length], each moved to the left within its row; those that leave it are dropped."""
+    """Indices into the flattened [b, length], each moved to the left within its row; those that leave it drop out."""
     return selected[selected % length >= places] - places
 
 

@@ -5,14 +5,14 @@ Depth k of position i, with h^0 the main model's states after its final norm, t 
 
     x_i = M_k [RMS(Emb(t_(i+k))) ; RMS(h_i^(k-1))],   h^k = RMS(TRM_k(x)),   OutHead(h_i^k) predicts t_(i+k+1).
 
-Emb and OutHead are the main model's. [embedding ; state] is the order of the published weights and of megatron-core; the
-paper's formula has the two the other way round, which names the same function with the columns of M_k exchanged. That
-states pass the final norm before the next depth is what serving software and megatron-core do with those weights; the
-paper does not say.
+Emb and OutHead are the main model's. [embedding ; state] is the order of the published weights and of megatron-core; in
+the paper's formula the two stand the other way round, the same function with the columns of M_k exchanged. States pass
+the final norm before the next depth, as serving software (vLLM) and megatron-core have it; the paper does not say. The
+last k positions of a sequence know no token k places ahead: they get token 0, and nothing that has a target sees them.
 
-Names of parameters are megatron-core's of 0.16; 0.19 calls the layer ``mtp_model_layer``, numbers it from 1 again and
-rounds its loss per microbatch (transformer/multi_token_prediction.py), so that its module would give other names, and
-other losses under accumulation, from one version to the next.
+megatron-core's own module is not used: its parameters' names and its layer's number changed between 0.16 and 0.19
+(``transformer_layer`` became ``mtp_model_layer``; the names here are 0.16's), and it divides its loss by the target
+tokens of each microbatch (models/gpt/gpt_model.py:660, 0.16.1), so that accumulation would change what is learned.
 
 Legend: s sequence (this rank's part under sequence parallelism), b microbatch, h hidden.
 """

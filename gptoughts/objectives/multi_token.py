@@ -4,9 +4,9 @@ With y the labels, w the loss weights and N the step's denominator (DeepSeek-V3,
 
     L = scaling / D * sum_(k=1..D) L_k,   L_k = 1/N sum_i w_(i+k) CE(p_i^k, y_(i+k)).
 
-A sequence's last k positions have no target at depth k, and count as 0 (the paper divides by the whole length, too); nor
-has a position whose target belongs to the next of several sequences packed into one row. The log's figure is a mean over
-the targets that there are.
+A sequence's last k positions have no target at depth k, and count as 0 (the paper divides by the whole length, too);
+nor has a position whose target belongs to the next of several sequences packed into one row. The log's figure is a mean
+over the targets that there are.
 
 Legend: b microbatch, s sequence, D depths.
 """

@@ -34,7 +34,7 @@ def poisoned_step(layout: Layout, folder: str) -> tuple[list[bool], list[str], b
         moved.append(not torch.equal(bias, biases()))
         if step == 1:
             after = state()
-            changed = [f"{kind} of {name}" for (name, kind), t in before.items() if not torch.equal(t, after[name, kind])]
+            changed = [" of ".join(reversed(key)) for key, t in before.items() if not torch.equal(t, after[key])]
     run.close()
     return applied, changed, moved[0], moved[2]
 

@@ -51,7 +51,7 @@ def test_figures_of_one_depth_of_none_and_without_targets() -> None:
     assert multi_token_figures({"mtp_1_loss_sum": 6.0, "mtp_1_weight_sum": 4.0}) == {"mtp_loss": 1.5}
     short = {"mtp_1_loss_sum": 6.0, "mtp_1_weight_sum": 4.0, "mtp_2_loss_sum": 0.0, "mtp_2_weight_sum": 0.0}
     assert multi_token_figures(short)["mtp_loss"] == 1.5
-    nothing = {name: 0.0 for name in short}
+    nothing = dict.fromkeys(short, 0.0)
     assert multi_token_figures(nothing) == {}
 
 

@@ -1,7 +1,7 @@
 """DeepSeek with multi-token prediction and balance losses in plain torch: loops and whole matrices, nothing of ours.
 
-Weights are taken by our global names; everything is written [b, s, ...]. Sources: DeepSeek-V2 (arXiv:2405.04434, section
-2.1) and DeepSeek-V3 (arXiv:2412.19437, sections 2.1 and 2.2).
+Weights are taken by our global names; everything is written [b, s, ...]. Sources: DeepSeek-V2 (arXiv:2405.04434,
+section 2.1) and DeepSeek-V3 (arXiv:2412.19437, sections 2.1 and 2.2).
 """
 
 from __future__ import annotations

@@ -113,9 +113,9 @@ def check_equal(ours: Run, theirs: Run) -> None:
 
     for step, (our_step, their_step) in enumerate(zip(found, expected, strict=True), start=1):
         assert our_step["loss"] == pytest.approx(their_step["loss"], rel=LATER_LOSS_RELATIVE), f"step {step}"
-        assert our_step["grad_norm"] == pytest.approx(
-            their_step["grad_norm"], rel=LATER_GRAD_NORM_RELATIVE
-        ), f"step {step}"
+        assert our_step["grad_norm"] == pytest.approx(their_step["grad_norm"], rel=LATER_GRAD_NORM_RELATIVE), (
+            f"step {step}"
+        )
         assert our_step["applied"]
     there, here = weights(expected_run, STEPS), weights(found_run, STEPS)
     for name, weight in there.items():

@@ -38,9 +38,7 @@ CORE = {
     Layout(tensor=2, sequence=True, data=2, zero=3, accumulation=2),
 }
 """What runs in `make test`."""
-CASES = [
-    pytest.param(layout, id=str(layout), marks=() if layout in CORE else pytest.mark.slow) for layout in LAYOUTS
-]
+CASES = [pytest.param(layout, id=str(layout), marks=() if layout in CORE else pytest.mark.slow) for layout in LAYOUTS]
 BALANCE_LAYOUTS = [Layout(accumulation=4), Layout(data=2, zero=2), Layout(tensor=2, sequence=True, zero=1)]
 
 

@@ -55,7 +55,7 @@ def randomized(shape: DeepSeekConfig) -> LanguageModel:
     model = build_model(ExperimentConfig(model_type="deepseek", model=shape), params_dtype=torch.float32)
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
-        for name, parameter in global_parameter_names(model).items():
+        for parameter in global_parameter_names(model).values():
             if parameter.dim() == 1:
                 parameter.uniform_(0.5, 1.5, generator=generator)
             else:
@@ -150,10 +150,11 @@ def test_off_by_default_and_initial_weights_of_the_main_model_stay() -> None:
     )
     assert not any(name.startswith("mtp.") for name in without)
     assert all(torch.equal(having[name], parameter) for name, parameter in without.items())
+    like = "decoder.layers.1."
     own = {name.removeprefix("mtp.layers.0."): p for name, p in having.items() if name.startswith("mtp.")}
     assert own.keys() == {
         "enorm.weight", "hnorm.weight", "eh_proj.weight", "final_layernorm.weight",
-        *(f"transformer_layer.{n.removeprefix('decoder.layers.1.')}" for n in without if n.startswith("decoder.layers.1.")),
+        *(f"transformer_layer.{name.removeprefix(like)}" for name in without if name.startswith(like)),
     }  # fmt: skip
     assert own["eh_proj.weight"].shape == (32, 64)
     assert sum(p.numel() for p in own.values()) == shape.mtp_parameters()

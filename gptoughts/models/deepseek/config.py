@@ -77,7 +77,8 @@ class DeepSeekConfig(MLAConfig):
             if not value > 0:
                 found.append(f"{name}={value}: must be greater than 0")
         for name in ("moe_shared_expert_intermediate_size", "moe_router_bias_update_rate", "moe_aux_loss_coeff",
-                     "moe_z_loss_coeff", "mscale", "mscale_all_dim", "mtp_num_layers", "mtp_loss_scaling_factor"):  # fmt: skip
+                     "moe_z_loss_coeff", "mscale", "mscale_all_dim", "mtp_num_layers",
+                     "mtp_loss_scaling_factor"):  # fmt: skip
             value = getattr(self, name)
             if not value >= 0:
                 found.append(f"{name}={value}: must be 0 or greater")
@@ -153,7 +154,7 @@ class DeepSeekConfig(MLAConfig):
         return self.mtp_loss_scaling_factor
 
     def mtp_parameters(self) -> int:
-        """Parameters of all its depths: each a layer with experts, the projection of [embedding ; state], three norms."""
+        """Parameters of all its depths: each a layer with experts, a projection of [embedding ; state], three norms."""
         return self._mtp(self.num_moe_experts)
 
     def active_mtp_parameters(self) -> int:
