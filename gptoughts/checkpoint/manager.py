@@ -6,20 +6,44 @@ import json
 import logging
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from safetensors import SafetensorError
+from torch import Tensor
 
 from gptoughts.checkpoint import layout, random_state
-from gptoughts.checkpoint.portable import CheckpointReader, write_shard
+from gptoughts.checkpoint.portable import CheckpointReader, ShardContent
 from gptoughts.engine.interface import Engine
 from gptoughts.errors import CheckpointError
 from gptoughts.parallel import groups
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class PendingSave:
+    """A checkpoint that this rank is writing, or has written, and that is not published yet."""
+
+    folder: Path
+    """Its final name."""
+    train_state: Mapping[str, Any]
+    """Where the run stood."""
+    _record: Future[layout.FileRecord]
+
+    @property
+    def is_written(self) -> bool:
+        """Whether this rank's part is done, well or not. Collective: none."""
+        return self._record.done()
+
+    def outcome(self) -> tuple[str | None, layout.FileRecord | None]:
+        """Wait for this rank's part: what went wrong, or what was written. Collective: none."""
+        try:
+            return None, self._record.result()
+        except OSError as error:
+            return f"rank {dist.get_rank()}: {error}", None
 
 
 @dataclass(frozen=True)
@@ -39,6 +63,8 @@ class CheckpointManager:
     config_yaml: str
     identity: Mapping[str, Any]
     tokenizer: Path | None = None
+    _buffers: dict[str, Tensor] = field(default_factory=dict)
+    """Copies that an asynchronous save writes from."""
 
     def save(self, engine: Engine, train_state: Mapping[str, Any]) -> Path:
         """Write a checkpoint of the present step and make it the latest.
@@ -48,31 +74,53 @@ class CheckpointManager:
                 checkpoints stay.
         Collective: every rank of the world.
         """
-        rank = dist.get_rank()
-        folder = layout.step_folder(self.run, int(train_state["step"]))
-        records: dict[str, layout.FileRecord] = {}
-        self._on_rank_zero(folder, lambda: layout.start_partial(folder))
-        partial = layout.partial_folder(folder)
-        problem, record = None, None
-        try:
-            record = write_shard(
-                partial / layout.shard_file(rank),
-                engine.state_fragments(),
-                random_state.capture(),
-                tensor_rank=groups.tensor_parallel_rank(),
-                tensor_size=groups.tensor_parallel_size(),
-            )
-        except (OSError, SafetensorError) as error:
-            problem = f"rank {rank}: {error}"
-        answers: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(answers, (problem, record))
-        self._raise_where_any(folder, [found for found, _ in answers])
-        records = {layout.shard_file(r): record for r, (_, record) in enumerate(answers)}
-        scalars = engine.scalar_state()
-        self._on_rank_zero(folder, lambda: self._finish(folder, records, {**train_state, "engine": scalars}))
-        return folder
+        return self.finish(self.begin(engine, train_state, is_asynchronous=False))
 
-    def _finish(self, folder: Path, records: dict[str, layout.FileRecord], state: dict[str, Any]) -> None:
+    def begin(self, engine: Engine, train_state: Mapping[str, Any], *, is_asynchronous: bool) -> PendingSave:
+        """Write this rank's part of a checkpoint of the present step; :meth:`finish` has to follow.
+
+        One save at a time. Until it is finished the former checkpoint is the latest.
+
+        Args:
+            engine: Whose state.
+            train_state: Where the run stands, with its ``step``.
+            is_asynchronous: Copy the state, and write the copy in a thread while training goes on.
+        Raises:
+            CheckpointError: on every rank, where there can be no folder.
+        Collective: every rank of the world.
+        """
+        folder = layout.step_folder(self.run, int(train_state["step"]))
+        self._on_rank_zero(folder, lambda: layout.start_partial(folder))
+        content = ShardContent(
+            engine.state_fragments(),
+            random_state.capture(),
+            tensor_rank=groups.tensor_parallel_rank(),
+            tensor_size=groups.tensor_parallel_size(),
+        )
+        file = layout.partial_folder(folder) / layout.shard_file(dist.get_rank())
+        writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint-writer")
+        if is_asynchronous:
+            # Forward and backward change nothing of this state, so the copy is made beside them too.
+            engine.before_next_update(writer.submit(content.copy, self._buffers).result)
+        record = writer.submit(content.write, file)
+        writer.shutdown(wait=not is_asynchronous)
+        return PendingSave(folder, {**train_state, "engine": engine.scalar_state()}, record)
+
+    def finish(self, pending: PendingSave) -> Path:
+        """Wait until every rank has written its part, then make the checkpoint the latest.
+
+        Raises:
+            CheckpointError: as :meth:`save`.
+        Collective: every rank of the world.
+        """
+        answers: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(answers, pending.outcome())
+        self._raise_where_any(pending.folder, [found for found, _ in answers])
+        records = {layout.shard_file(rank): record for rank, (_, record) in enumerate(answers)}
+        self._on_rank_zero(pending.folder, lambda: self._publish(pending.folder, records, dict(pending.train_state)))
+        return pending.folder
+
+    def _publish(self, folder: Path, records: dict[str, layout.FileRecord], state: dict[str, Any]) -> None:
         partial = layout.partial_folder(folder)
         layout.write_atomically(partial / layout.CONFIG, self.config_yaml)
         layout.write_atomically(partial / layout.TRAIN_STATE, json.dumps(state, indent=2) + "\n")
@@ -85,9 +133,13 @@ class CheckpointManager:
                     layout.sync_file(partial / name)
                     names.append(name)
         records = records | {name: layout.FileRecord.of(partial / name) for name in names}
-        layout.write_manifest(
-            partial, records, {"step": state["step"], "world_size": dist.get_world_size(), "model": dict(self.identity)}
-        )
+        header = {
+            "step": state["step"],
+            "world_size": dist.get_world_size(),
+            "layout": groups.layout(),
+            "model": dict(self.identity),
+        }
+        layout.write_manifest(partial, records, header)
         layout.publish(folder, keep_last=self.keep_last)
 
     def _on_rank_zero(self, folder: Path, work: Callable[[], object]) -> None:
@@ -177,6 +229,8 @@ class CheckpointManager:
             lambda fragment: reader.fragment(fragment, tensor_rank=tensor_rank, tensor_size=tensor_size),
             state["engine"],
         )
-        if reader.manifest["world_size"] == dist.get_world_size():
+        # Checkpoints of earlier versions do not say their layout.
+        same_world = reader.manifest["world_size"] == dist.get_world_size()
+        if same_world and reader.manifest.get("layout", groups.layout()) == groups.layout():
             random_state.restore(reader.rng(dist.get_rank()))
         return state

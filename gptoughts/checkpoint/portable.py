@@ -8,51 +8,79 @@ the layout that wrote it each fragment is read back as it was; for another one s
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from gptoughts.checkpoint import layout
+from gptoughts.checkpoint.safetensors_file import TensorHeader, write_file
 from gptoughts.engine.interface import StateFragment
 from gptoughts.errors import CheckpointError
 from gptoughts.parallel import partition
+from gptoughts.platform import device
 
 WEIGHT = "weight"
 BUFFER = "buffer"
+KINDS = (WEIGHT, "exp_avg", "exp_avg_sq", BUFFER)
+"""All that a fragment can be (``engine.interface.StateFragment.kind``)."""
 _RNG_PREFIX = "rng/"
 
 
-def write_shard(
-    path: Path, fragments: Iterable[StateFragment], rng: dict[str, Tensor], *, tensor_rank: int, tensor_size: int
-) -> layout.FileRecord:
-    """Write this rank's file and flush it to the disk.
+class ShardContent:
+    """What this rank's file is to hold: the fragments that it owns, and the state of its random number generators.
 
     Args:
-        path: File to write.
         fragments: All of this rank's fragments; those of another owner are left out.
         rng: State of each random number generator of this rank, uint8.
-    Raises:
-        OSError, SafetensorError: the disk is full or cannot be written.
-    Collective: none.
+        tensor_rank: This rank's place in its tensor-parallel group.
+        tensor_size: Ranks of that group.
     """
-    tensors: dict[str, Tensor] = {}
-    table: dict[str, Any] = {}
-    for fragment in fragments:
-        if fragment.is_owner:
-            key = f"{fragment.kind}/{fragment.start}/{fragment.name}"
-            tensors[key] = fragment.tensor.detach().cpu()
-            table[key] = [list(fragment.shard_shape), fragment.partition_dim, fragment.partition_stride]
-    tensors |= {_RNG_PREFIX + name: state for name, state in rng.items()}
-    metadata = {"tensor_rank": str(tensor_rank), "tensor_size": str(tensor_size), "fragments": json.dumps(table)}
-    save_file(tensors, path, metadata=metadata)
-    layout.sync_file(path)
-    return layout.FileRecord.of(path)
+
+    def __init__(
+        self, fragments: Iterable[StateFragment], rng: Mapping[str, Tensor], *, tensor_rank: int, tensor_size: int
+    ) -> None:
+        self._tensors: dict[str, Tensor] = {}
+        table: dict[str, Any] = {}
+        for fragment in fragments:
+            if fragment.is_owner:
+                key = f"{fragment.kind}/{fragment.start}/{fragment.name}"
+                self._tensors[key] = fragment.tensor.detach()
+                table[key] = [list(fragment.shard_shape), fragment.partition_dim, fragment.partition_stride]
+        # Bytes last: what is wider stays aligned.
+        self._tensors |= {_RNG_PREFIX + name: state for name, state in rng.items()}
+        self._metadata = {
+            "tensor_rank": str(tensor_rank), "tensor_size": str(tensor_size), "fragments": json.dumps(table)
+        }  # fmt: skip
+
+    def copy(self, buffers: dict[str, Tensor]) -> None:
+        """Go on with a copy on the CPU; from then on the state may change.
+
+        Args:
+            buffers: Where copies lie; kept by the caller, so that the next copy takes no new memory.
+        """
+        with device.background_stream():
+            for key, tensor in self._tensors.items():
+                buffer = buffers.get(key)
+                if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
+                    buffer = buffers[key] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+                self._tensors[key] = buffer.copy_(tensor, non_blocking=True)
+        for key in buffers.keys() - self._tensors.keys():
+            del buffers[key]
+
+    def write(self, path: Path) -> layout.FileRecord:
+        """Write the file and flush it to the disk.
+
+        Raises:
+            OSError: the disk is full or cannot be written.
+        """
+        headers = [TensorHeader.of(key, tensor) for key, tensor in self._tensors.items()]
+        return write_file(path, headers, lambda key: [self._tensors[key].cpu()], metadata=self._metadata)
 
 
 @dataclass(frozen=True)
@@ -82,6 +110,18 @@ class SavedTensor:
         shape = list(self.shard_shape)
         shape[self.partition_dim] *= self.tensor_size
         return tuple(shape)
+
+    @property
+    def numel(self) -> int:
+        """Elements of the whole tensor."""
+        return math.prod(self.full_shape)
+
+    @property
+    def division(self) -> str:
+        """How it was divided, in words."""
+        if self.partition_dim is None or self.tensor_size == 1:
+            return "whole"
+        return f"dimension {self.partition_dim} over {self.tensor_size} tensor-parallel ranks"
 
 
 class CheckpointReader:

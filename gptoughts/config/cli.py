@@ -14,7 +14,7 @@ from gptoughts.config.deepspeed_json import read_json
 from gptoughts.config.deepspeed_values import tree_values
 from gptoughts.config.experiment import ExperimentConfig
 from gptoughts.config.model import ModelConfig
-from gptoughts.config.options import FamilyLike, build_parser, did_you_mean, tree_options
+from gptoughts.config.options import FamilyLike, build_parser, did_you_mean, foreign_options, tree_options
 from gptoughts.config.resolve import Experiment, Inspection, Layers, Origin, build_tree, preset_values, resolve
 from gptoughts.config.settings import (
     COMMAND_LINE,
@@ -56,9 +56,9 @@ def load_experiment(
     problems = list(arguments.problems)
     yaml_leaves = [(path, read_yaml(path, problems)) for path in arguments.config_files]
     origin = _origin(arguments, yaml_leaves, read_origin, problems)
-    model_type, size = _peek(arguments, yaml_leaves, families, problems, origin)
-    family = families.get(model_type)
+    model_type, size, family = _peek(arguments, yaml_leaves, families, problems, origin)
     preset = family.presets.get(size) if family is not None else None
+    foreign = foreign_options(families[model_type], family) if family is not None else {}
     options = tree_options(family.config_class if family is not None else ModelConfig)
     parser = build_parser(options, preset_values(preset) if preset is not None else {}, families.values())
     if arguments.wants_help:
@@ -70,8 +70,8 @@ def load_experiment(
         arguments.flags = {n: w for n, w in arguments.flags.items() if not n.startswith("model.")}
     explicit: dict[str, Setting] = {}
     for path, leaves in yaml_leaves:
-        explicit |= check_leaves(leaves, path, options, parser, problems)
-    explicit |= check_flags(arguments.flags, options, parser, problems)
+        explicit |= check_leaves(leaves, path, options, parser, problems, foreign)
+    explicit |= check_flags(arguments.flags, options, parser, problems, foreign)
     named = explicit.get("deepspeed_config")
     json = read_json(named.value if named is not None else None, problems)
     json_values = tree_values(json, problems)
@@ -119,8 +119,8 @@ def _peek(
     families: Mapping[str, FamilyLike],
     problems: list[str],
     origin: Origin | None,
-) -> tuple[str, str]:
-    """Model type and size, which decide what the other options are; unknown ones go to ``problems``."""
+) -> tuple[str, str, FamilyLike | None]:
+    """Model type, size and variant, which decide what the other options are; unknown ones go to ``problems``."""
     default = ExperimentConfig.model_type if origin is None else origin.model_type
     model_type = _stated("model_type", default, arguments, yaml_leaves)
     size = _stated("size", ExperimentConfig.size, arguments, yaml_leaves)
@@ -136,11 +136,17 @@ def _peek(
             f"model_type={model_type.value} ({model_type.source}): unknown family; built are: "
             f"{', '.join(families)}{guess}"
         )
-    elif size.value not in family.presets:
-        guess = did_you_mean(size.value, family.presets)
-        allowed = ", ".join(family.presets)
-        problems.append(f"size={size.value} ({size.source}): no preset of {family.name}; allowed: {allowed}{guess}")
-    return model_type.value, size.value
+        return model_type.value, size.value, None
+    stated = {name: _stated(f"model.{name}", "", arguments, yaml_leaves) for name in family.config_class.CHOICES}
+    variant = family.variant({name: setting.value for name, setting in stated.items() if setting.value})
+    if size.value not in variant.presets:
+        guess = did_you_mean(size.value, variant.presets)
+        allowed = ", ".join(variant.presets)
+        chosen = f" with {variant.chosen_by}" if variant is not family else ""
+        problems.append(
+            f"size={size.value} ({size.source}): no preset of {family.name}{chosen}; allowed: {allowed}{guess}"
+        )
+    return model_type.value, size.value, variant
 
 
 def to_yaml(config: ExperimentConfig) -> str:
@@ -161,6 +167,8 @@ def from_yaml(text: str, families: Mapping[str, FamilyLike], *, label: str = "co
     if family is None:
         problems.append(f"{label}: model_type={model_type}: unknown family; built are: {', '.join(families)}")
         raise ConfigError(problems)
+    names = family.config_class.CHOICES
+    family = family.variant({name: str(leaves[f"model.{name}"]) for name in names if f"model.{name}" in leaves})
     options = tree_options(family.config_class)
     settings = check_leaves(leaves, label, options, build_parser(options, {}, families.values()), problems)
     if problems:

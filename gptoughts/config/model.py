@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Self
 
@@ -19,6 +20,8 @@ class ModelConfig:
     """Fields that may change between a checkpoint and its resumption."""
     LATER_FIELDS: ClassVar[frozenset[str]] = frozenset()
     """Fields that checkpoints of earlier versions do not name; there they had their default."""
+    CHOICES: ClassVar[tuple[str, ...]] = ()
+    """Fields that choose between the classes of a family with several (:meth:`is_chosen_by`)."""
 
     num_layers: int = 4
     """Transformer layers."""
@@ -46,6 +49,11 @@ class ModelConfig:
     """Bias in the query, key and value projections."""
     init_method_std: float = 0.02
     """Standard deviation of initial weights; output projections have it divided by sqrt(2 x num_layers)."""
+
+    @classmethod
+    def is_chosen_by(cls, stated: Mapping[str, str]) -> bool:
+        """Whether this class, of those that its family has, holds a shape whose ``CHOICES`` read so (unset: absent)."""
+        return True
 
     @property
     def padded_vocab_size(self) -> int:
@@ -86,6 +94,18 @@ class ModelConfig:
             "padded vocab_size": self.padded_vocab_size,
         }
 
+    def rotary_dim(self) -> int:
+        """Size of the part of a head that the rotary embedding turns."""
+        raise NotImplementedError(f"{type(self).__name__} does not say what the rotary embedding turns")
+
+    def rotary_frequencies(self) -> tuple[float, ...] | None:
+        """Radians per position of each rotary pair; None where the base alone says them."""
+        return None
+
+    def rotary_amplitude(self) -> float:
+        """What cos and sin of the rotary embedding are multiplied by."""
+        return 1.0
+
     def attention_parameters(self) -> int:
         """Parameters of one layer's attention, with the norms inside it."""
         raise NotImplementedError(f"{type(self).__name__} does not say how large its attention is")
@@ -101,6 +121,10 @@ class ModelConfig:
     def layer_parameters(self) -> int:
         """Parameters of one layer, its two norms included."""
         return self.attention_parameters() + self.feed_forward_parameters() + 2 * self.hidden_size
+
+    def parameters_of_layer(self, index: int) -> int:
+        """Parameters of the layer with this index, counted from 0 over the whole model."""
+        return self.layer_parameters()
 
     def active_layer_parameters(self) -> int:
         """Parameters of one layer that a token passes; fewer than all where experts are chosen."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass
 from typing import Any, Literal, Protocol, get_args, get_origin, get_type_hints
 
@@ -42,6 +42,11 @@ class FamilyLike(Protocol):
     def config_class(self) -> type[ModelConfig]: ...
     @property
     def presets(self) -> Mapping[str, PresetLike]: ...
+    @property
+    def chosen_by(self) -> str: ...
+    @property
+    def variants(self) -> Sequence[FamilyLike]: ...
+    def variant(self, stated: Mapping[str, str]) -> FamilyLike: ...
 
 
 @dataclass(frozen=True)
@@ -75,6 +80,19 @@ def tree_options(model_class: type[ModelConfig]) -> dict[str, Option]:
     """All leaves of the tree, dotted name -> option, with ``model_class`` as its model."""
     found = _leaves(ExperimentConfig, "", {"model": model_class})
     return {option.name: option for option in found}
+
+
+def foreign_options(family: FamilyLike, chosen: FamilyLike) -> dict[str, str]:
+    """Options that other variants of ``family`` have and ``chosen`` has not: dotted name -> flags that choose one."""
+    if not family.variants:
+        return {}
+    own = tree_options(chosen.config_class)
+    found: dict[str, str] = {}
+    for one in (family, *family.variants):
+        for name in tree_options(one.config_class):
+            if name not in own:
+                found.setdefault(name, one.chosen_by)
+    return found
 
 
 def _leaves(config_class: type, prefix: str, replaced: Mapping[str, type]) -> list[Option]:

@@ -20,6 +20,8 @@ _SHORT = {"data": "data.train"}
 _PROGRAM_FLAGS = ("help", "config", "dry_run", "local_rank")
 _WRONG_VALUE = (ArgumentError, TypeError, ValueError, OverflowError)
 """What jsonargparse raises; its text takes many lines, ours takes one."""
+_FOREIGN = "has no meaning in the model that is chosen; it belongs to"
+_NONE: Mapping[str, str] = {}
 _NUMBER = re.compile(r"-(\d|\.\d)")
 
 
@@ -129,13 +131,27 @@ def _flatten(tree: Mapping[Any, Any], prefix: str) -> dict[str, Any]:
 
 
 def check_flags(
-    flags: Mapping[str, list[str]], options: Mapping[str, Option], parser: ArgumentParser, problems: list[str]
+    flags: Mapping[str, list[str]],
+    options: Mapping[str, Option],
+    parser: ArgumentParser,
+    problems: list[str],
+    foreign: Mapping[str, str] = _NONE,
 ) -> dict[str, Setting]:
-    """Typed values of all flags; unknown names and values of a wrong type go to ``problems``."""
+    """Typed values of all flags; unknown names and values of a wrong type go to ``problems``.
+
+    Args:
+        flags: Dotted name -> words.
+        options: The tree's leaves.
+        parser: Checks types.
+        problems: Grows.
+        foreign: Names that only another variant of the family has -> what chooses it.
+    """
     settings: dict[str, Setting] = {}
     for name, words in flags.items():
         option = options.get(name)
-        if option is None:
+        if name in foreign:
+            problems.append(f"{name}={' '.join(words)} (command line): {_FOREIGN} {foreign[name]}")
+        elif option is None:
             guess = did_you_mean(name, [*options, *_PROGRAM_FLAGS, *_SHORT], prefix="--", suffix="")
             problems.append(f"--{name} (command line): unknown flag{guess}")
         elif not words:
@@ -154,12 +170,20 @@ def check_flags(
 
 
 def check_leaves(
-    leaves: Mapping[str, Any], label: str, options: Mapping[str, Option], parser: ArgumentParser, problems: list[str]
+    leaves: Mapping[str, Any],
+    label: str,
+    options: Mapping[str, Option],
+    parser: ArgumentParser,
+    problems: list[str],
+    foreign: Mapping[str, str] = _NONE,
 ) -> dict[str, Setting]:
-    """Typed values of a YAML file's leaves; unknown names and values of a wrong type go to ``problems``."""
+    """Typed values of a YAML file's leaves; the file is ``label``, the rest as in :func:`check_flags`."""
     settings: dict[str, Setting] = {}
     for name, value in leaves.items():
         option = options.get(name)
+        if name in foreign:
+            problems.append(f"{name}={value} ({label}): {_FOREIGN} {foreign[name]}")
+            continue
         if option is None:
             sections = {o.rpartition(".")[0] for o in options}
             if name in sections and value is None:

@@ -107,6 +107,7 @@ class TrainEngine:
         self._after_step = after_step
         self._parameters = dict(parameter_names)
         self._seq_length = seq_length
+        self._readers: list[Callable[[], object]] = []
         self._micro_batch_size = int(deepspeed_json.get("train_micro_batch_size_per_gpu", 1))
         self._data_parallel_size = parallel_state.get_data_parallel_world_size()
         optimizer = build_optimizer(self._parameters, optim, is_offloaded=has_optimizer_offload(deepspeed_json))
@@ -144,6 +145,7 @@ class TrainEngine:
         losses = self._run(microbatches, factor, is_forward_only=False)
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = lr
+        self._await_readers()
         self.deepspeed.step()
         loss_sum, extras = self._sum_losses(losses)
         is_applied = bool(self.deepspeed.was_step_applied())
@@ -182,7 +184,16 @@ class TrainEngine:
             CheckpointError: a piece of another length.
         Collective: data-parallel group.
         """
+        self._await_readers()
         self._state.load(read, scalars)
+
+    def before_next_update(self, wait: Callable[[], object]) -> None:
+        """Call ``wait`` once, ahead of the next update or load, which change weights and moments. Collective: none."""
+        self._readers.append(wait)
+
+    def _await_readers(self) -> None:
+        while self._readers:
+            self._readers.pop()()
 
     def monitor_events(self, events: Sequence[tuple[str, float, int]]) -> None:
         """Write (name, value, step) to the monitors that the JSON switches on. Collective: none."""

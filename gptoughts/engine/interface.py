@@ -107,6 +107,9 @@ class Engine(Protocol):
     def eval_step(self, microbatches: Sequence[Microbatch]) -> StepResult:
         """Forward only (grad_norm 0, applied False). Collective: every rank of the world."""
 
+    def before_next_update(self, wait: Callable[[], object]) -> None:
+        """Call ``wait`` once, ahead of the next update or load, which change weights and moments. Collective: none."""
+
     def state_fragments(self) -> Sequence[StateFragment]:
         """This rank's pieces of weights and optimizer state. Collective: none."""
 

@@ -121,10 +121,11 @@ class SDPACoreAttention(MegatronModule):
         if mask is None and dropout == 0.0 and tiled_attention.supports(query, key):
             return tiled_attention.tiled_attention(query, key, value, scale=self.softmax_scale, is_causal=is_causal)
         v_channels = value.size(-1)
-        if v_channels < query.size(-1):
-            # The fused CPU kernel wants equal head sizes (the fallback is 1.4 times slower and keeps [s, s] scores);
-            # zero columns of v give zero columns of the result.
-            value = F.pad(value, (0, query.size(-1) - v_channels))
+        if v_channels != query.size(-1):
+            # The fused CPU kernel wants equal head sizes (the fallback is 1.4 times slower, keeps [s, s] scores, and
+            # refuses wider values); zero columns of v give zero columns of the result, those of q and k no score.
+            width = max(v_channels, query.size(-1))
+            query, key, value = (F.pad(x, (0, width - x.size(-1))) for x in (query, key, value))
         # Probabilities belong to this rank's heads: their dropout differs between tensor-parallel ranks.
         with get_cuda_rng_tracker().fork() if dropout > 0.0 else nullcontext():
             out = F.scaled_dot_product_attention(

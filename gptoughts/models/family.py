@@ -41,6 +41,19 @@ class Family:
     """Dotted path of the function that builds the objective from the resolved configuration."""
     is_causal: bool = True
     """Whether a token attends to earlier ones only (halves the cost of attention)."""
+    chosen_by: str = ""
+    """The flags that choose this variant of a family, as a person would write them."""
+    variants: tuple[Family, ...] = ()
+    """The same family with other classes of shapes, which fields of the model choose (``ModelConfig.CHOICES``)."""
+
+    def variant(self, stated: Mapping[str, str]) -> Family:
+        """The variant that the stated ``CHOICES`` of the model choose; this one where none does."""
+        everything = (self, *self.variants)
+        return next((one for one in everything if one.config_class.is_chosen_by(stated)), self)
+
+    def holds(self, model: ModelConfig) -> bool:
+        """Whether a shape is of this family, in any variant."""
+        return any(isinstance(model, one.config_class) for one in (self, *self.variants))
 
     def load_model_builder(self) -> Any:
         """Import and return the builder (torch and megatron-core load here)."""

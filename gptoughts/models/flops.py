@@ -32,7 +32,7 @@ class ParameterCount:
 
 def count_parameters(family: Family, model: ModelConfig) -> ParameterCount:
     """Exact parameter counts of the model that ``family`` builds from ``model``."""
-    assert isinstance(model, family.config_class), f"{type(model).__name__} is no shape of family {family.name}"
+    assert family.holds(model), f"{type(model).__name__} is no shape of family {family.name}"
     embedding = model.embedding_parameters()
     active = embedding + model.active_layers_parameters() + model.hidden_size
     return ParameterCount(

@@ -24,7 +24,6 @@ from torch.nn import Parameter
 
 from gptoughts.config.experiment import ExperimentConfig
 from gptoughts.models.cross_entropy import cross_entropy
-from gptoughts.models.expert_load import finish_step
 from gptoughts.models.initialization import Gathered, initialize_parameters, keep_as_is
 from gptoughts.models.multi_token_prediction import MultiTokenPrediction
 from gptoughts.models.rotary import rotary_table
@@ -92,8 +91,8 @@ class LanguageModel(GPTModel):
         self.rotary_base = rotary_base
         self.rotary_frequencies = rotary_frequencies
         self.rotary_amplitude = rotary_amplitude
-        self.num_depths = mtp_num_layers if post_process else 0
-        if self.num_depths:
+        self.mtp_num_layers = mtp_num_layers
+        if mtp_num_layers and post_process:
             assert pre_process, "multi-token prediction needs the embedding where the output layer is"
             layer, norm = block_spec.layer_specs[-1], block_spec.layer_norm
             self.mtp = MultiTokenPrediction(config, mtp_num_layers, layer, norm, vp_stage=vp_stage)
@@ -106,6 +105,7 @@ class LanguageModel(GPTModel):
         labels: Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
         selected_positions: Tensor | None = None,
+        is_padding: Tensor | None = None,
     ) -> Tensor:
         """Loss per token, logits, or on a stage without the output layer its hidden states.
 
@@ -117,6 +117,7 @@ class LanguageModel(GPTModel):
             packed_seq_params: Lengths of the sequences packed into one row (b = 1).
             selected_positions: int64 [n], distinct indices into the flattened [b, s]: with labels, the output layer
                 runs at these alone, and the loss elsewhere reads 0.
+            is_padding: bool [b, s], positions that routers of experts do not count; unset: there are none.
 
         Returns:
             With labels fp32 [b, s] nats, or, where a model with multi-token prediction trains, [1 + depths, b, s], the
@@ -131,21 +132,24 @@ class LanguageModel(GPTModel):
             "rotary_pos_emb": self._rotary_table(input_ids.size(1), position_ids),
             "packed_seq_params": packed_seq_params,
         }
-        hidden_states = self.decoder(hidden_states=hidden_states, **layer_inputs)
+        hidden_states = self.decoder(
+            hidden_states=hidden_states, padding_mask=self._own_positions(is_padding), **layer_inputs
+        )
         if not self.post_process:
             return hidden_states
         if labels is None:
             logits, _ = self.output_layer(hidden_states, weight=self._tied_weight())
             return gather_from_tensor_model_parallel_region(logits).transpose(0, 1)
         loss = self._token_loss(hidden_states, labels, selected_positions)
-        if not self.num_depths or not self.training:
+        if not self.mtp_num_layers or not self.training:
             return loss
         # After the main output layer: so the modules that evaluation runs are the first of those that training runs,
         # and ZeRO-3 keeps the order that it has recorded.
         losses = [loss]
         for depth, layer in enumerate(self.mtp.layers, start=1):
             embedded = self.embedding(input_ids=shift_left(input_ids, depth), position_ids=None)
-            hidden_states = layer(hidden_states, embedded, **layer_inputs)
+            padding_mask = self._own_positions(_is_without_token(input_ids, is_padding, depth))
+            hidden_states = layer(hidden_states, embedded, padding_mask=padding_mask, **layer_inputs)
             selected = None if selected_positions is None else _shifted(selected_positions, depth, labels.size(1))
             losses.append(self._token_loss(hidden_states, shift_left(labels, depth), selected))
         return torch.stack(losses)
@@ -179,15 +183,11 @@ class LanguageModel(GPTModel):
         loss = self.compute_language_model_loss(labels.reshape(-1)[None, selected], logits)
         return loss.new_zeros(b * s).index_copy(0, selected, loss.view(-1)).view(b, s)
 
-    def after_step(self, is_applied: bool) -> dict[str, float]:
-        """What a step leaves to do that no gradient does (biases of routers); returns figures for the log.
-
-        Args:
-            is_applied: False where the optimizer skipped the update.
-
-        Collective: tensor- and data-parallel ranks together, where there are experts.
-        """
-        return finish_step(self, is_applied=is_applied)
+    def _own_positions(self, is_padding: Tensor | None) -> Tensor | None:
+        """This rank's part of [b, s] under sequence parallelism, the whole elsewhere."""
+        if is_padding is None or not self.config.sequence_parallel:
+            return is_padding
+        return is_padding.chunk(groups.tensor_parallel_size(), dim=1)[groups.tensor_parallel_rank()]
 
     def _rotary_table(self, length: int, position_ids: Tensor | None) -> Tensor:
         table = rotary_table(
@@ -200,6 +200,13 @@ class LanguageModel(GPTModel):
             amplitude=self.rotary_amplitude,
         )
         return table[:, :length] if position_ids is None else table
+
+
+def _is_without_token(input_ids: Tensor, is_padding: Tensor | None, places: int) -> Tensor:
+    """bool [b, s]: padding, and the last positions of a row, which know no token so many places ahead."""
+    found = torch.zeros_like(input_ids, dtype=torch.bool) if is_padding is None else is_padding.clone()
+    found[:, max(found.size(1) - places, 0) :] = True
+    return found
 
 
 def _shifted(selected: Tensor, places: int, length: int) -> Tensor:
@@ -253,9 +260,6 @@ def build_language_model(
     transformer_config: TransformerConfig,
     block_spec: TransformerBlockSubmodules,
     *,
-    rotary_dim: int,
-    rotary_frequencies: tuple[float, ...] | None = None,
-    rotary_amplitude: float = 1.0,
     mtp_num_layers: int = 0,
     pre_process: bool = True,
     post_process: bool = True,
@@ -269,9 +273,6 @@ def build_language_model(
         config: The run.
         transformer_config: Its model in megatron-core's terms.
         block_spec: Layers of this stage and the final norm.
-        rotary_dim: Size of a head's rotary part.
-        rotary_frequencies: Radians per position of each pair where they are scaled; unset: the base's.
-        rotary_amplitude: What their cos and sin are multiplied by.
         mtp_num_layers: Depths of multi-token prediction.
         pre_process: This stage embeds tokens.
         post_process: This stage makes logits.
@@ -288,10 +289,10 @@ def build_language_model(
             block_spec,
             vocab_size=model.padded_vocab_size,
             seq_length=config.block_size or model.seq_length,
-            rotary_dim=rotary_dim,
+            rotary_dim=model.rotary_dim(),
             rotary_base=model.rotary_base,
-            rotary_frequencies=rotary_frequencies,
-            rotary_amplitude=rotary_amplitude,
+            rotary_frequencies=model.rotary_frequencies(),
+            rotary_amplitude=model.rotary_amplitude(),
             share_embeddings_and_output_weights=not model.untie_embeddings_and_output_weights,
             mtp_num_layers=mtp_num_layers,
             pre_process=pre_process,

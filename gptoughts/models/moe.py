@@ -53,12 +53,17 @@ class MixtureOfExperts(BaseMoELayer):
         self.experts = GroupedExperts(config, self.num_local_experts, groups.tp.size())
         self.shared_experts = shared_experts(config, groups.tp) if shared_experts is not None else None
 
-    def forward(self, hidden_states: Tensor, **upstream_options: Any) -> tuple[Tensor, None]:  # type: ignore[override]
-        """[s, b, h] to [s, b, h] and no bias. Collective: tensor-parallel group."""
+    def forward(  # type: ignore[override]
+        self, hidden_states: Tensor, padding_mask: Tensor | None = None, **upstream_options: Any
+    ) -> tuple[Tensor, None]:
+        """[s, b, h] to [s, b, h] and no bias; padding (bool [b, s]) does not count in the experts' balance.
+
+        Collective: tensor-parallel group.
+        """
         given = sorted(name for name, value in upstream_options.items() if value is not None)
         if given:
             raise ValueError(f"the expert layer was given {', '.join(given)}; not supported")
-        gates, chosen = self.router(hidden_states)
+        gates, chosen = self.router(hidden_states, padding_mask)
         output = self._routed(hidden_states, gates, chosen)
         if self.shared_experts is not None:
             output = output + self.shared_experts(hidden_states)[0]

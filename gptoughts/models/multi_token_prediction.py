@@ -8,7 +8,8 @@ Depth k of position i, with h^0 the main model's states after its final norm, t 
 Emb and OutHead are the main model's. [embedding ; state] is the order of the published weights and of megatron-core; in
 the paper's formula the two stand the other way round, the same function with the columns of M_k exchanged. States pass
 the final norm before the next depth, as serving software (vLLM) and megatron-core have it; the paper does not say. The
-last k positions of a sequence know no token k places ahead: they get token 0, and nothing that has a target sees them.
+last k positions of a row know no token k places ahead: they get token 0, nothing that has a target sees them, and the
+router counts them as padding.
 
 megatron-core's own module is not used: its parameters' names and its layer's number changed between 0.16 and 0.19
 (``transformer_layer`` became ``mtp_model_layer``; the names here are 0.16's), and it divides its loss by the target

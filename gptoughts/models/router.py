@@ -75,11 +75,14 @@ class ExpertRouter(Router):
             self.expert_bias = kept.to(self.expert_bias.device)
         return self
 
-    def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        self, hidden_states: Tensor, is_padding: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Choose.
 
         Args:
             hidden_states: [s, b, h].
+            is_padding: bool [b, s]: tokens that count neither for the load nor in a loss; unset: all count.
 
         Returns:
             Gates, fp32 [t, k], and the experts that they belong to, int64 [t, k]; token t is (s, b) in that order.
@@ -96,8 +99,10 @@ class ExpertRouter(Router):
             gates = gates / (gates.sum(dim=-1, keepdim=True) + GATE_EPS)
         gates = gates * (self.config.moe_router_topk_scaling_factor or 1.0)
         if self.training and torch.is_grad_enabled():
-            self.tokens_per_expert += torch.bincount(chosen.reshape(-1), minlength=self.num_experts)
-            gates = self._attach_losses(gates, logits, scores, chosen, s, b)
+            is_counted = None if is_padding is None else ~is_padding.t()
+            counted = chosen if is_counted is None else chosen[is_counted.flatten()]
+            self.tokens_per_expert += torch.bincount(counted.reshape(-1), minlength=self.num_experts)
+            gates = self._attach_losses(gates, logits, scores, chosen, s, b, is_counted)
         return gates, chosen
 
     def routing(self, scores: Tensor) -> Tensor:  # type: ignore[override]
@@ -126,29 +131,53 @@ class ExpertRouter(Router):
             direction = torch.sign(counts.mean() - counts).to(self.expert_bias)
             self.expert_bias += self.bias_update_rate * direction
 
-    def _attach_losses(self, gates: Tensor, logits: Tensor, scores: Tensor, chosen: Tensor, s: int, b: int) -> Tensor:
-        """Hang the losses on the gates: their gradients join the main loss's, its value stays as it is."""
+    def _attach_losses(
+        self, gates: Tensor, logits: Tensor, scores: Tensor, chosen: Tensor, s: int, b: int, is_counted: Tensor | None
+    ) -> Tensor:
+        """Hang the losses on the gates: their gradients join the main loss's, its value stays as it is.
+
+        The z-loss is divided by all positions, counted (bool [s, b]) or not: a sum over them would mean something else
+        in each microbatch.
+        """
         group = self.tp_group if self.config.sequence_parallel else None
         length = s * (group.size() if group is not None else 1)
         z_coefficient = self.config.moe_z_loss_coeff or 0.0
         if z_coefficient > 0:
-            loss = logits.logsumexp(dim=-1).square().sum() * (z_coefficient / (length * b))
-            gates = MoEAuxLossAutoScaler.apply(gates, loss)
+            squares = logits.logsumexp(dim=-1).square()
+            if is_counted is not None:
+                squares = squares * is_counted.flatten()
+            gates = MoEAuxLossAutoScaler.apply(gates, squares.sum() * (z_coefficient / (length * b)))
         if self.config.moe_aux_loss_coeff > 0:
-            loss = self._balance_loss(scores, chosen, s, b, length, group) * self.config.moe_aux_loss_coeff
-            gates = MoEAuxLossAutoScaler.apply(gates, loss)
+            loss = self._balance_loss(scores, chosen, s, b, length, group, is_counted)
+            gates = MoEAuxLossAutoScaler.apply(gates, loss * self.config.moe_aux_loss_coeff)
         return gates
 
     def _balance_loss(
-        self, scores: Tensor, chosen: Tensor, s: int, b: int, length: int, group: dist.ProcessGroup | None
+        self,
+        scores: Tensor,
+        chosen: Tensor,
+        s: int,
+        b: int,
+        length: int,
+        group: dist.ProcessGroup | None,
+        is_counted: Tensor | None,
     ) -> Tensor:
         """Mean over sequences of sum_e f_e P_e; under sequence parallelism this rank's part of it."""
         k = chosen.size(1)
         if self.config.moe_router_score_function == "sigmoid":
             chosen = scores.detach().topk(k, dim=-1).indices
             scores = scores / (scores.sum(dim=-1, keepdim=True) + GATE_EPS)
-        hits = torch.zeros_like(scores).scatter_(1, chosen, 1.0).view(s, b, -1).sum(0)
+        hits = torch.zeros_like(scores).scatter_(1, chosen, 1.0).view(s, b, -1)
+        scores = scores.view(s, b, -1)
+        if is_counted is None:
+            hits, lengths = hits.sum(0), hits.new_full((b, 1), length)
+        else:
+            hits, scores = hits * is_counted.unsqueeze(-1), scores * is_counted.unsqueeze(-1)
+            hits, lengths = hits.sum(0), is_counted.sum(0).to(hits).unsqueeze(-1)
         if group is not None and group.size() > 1:
             dist.all_reduce(hits, group=group)
-        fraction = hits * (self.num_experts / (k * length))
-        return (fraction * scores.view(s, b, -1).sum(0)).sum() / (length * b)
+            if is_counted is not None:
+                dist.all_reduce(lengths, group=group)
+        lengths = lengths.clamp(min=1.0)  # a row that is all padding
+        fraction = hits * (self.num_experts / (k * lengths))
+        return (fraction * scores.sum(0) / lengths).sum() / b

@@ -46,8 +46,10 @@ def swiglu(gate_up: Tensor) -> Tensor:
 class SwiGLUMLP(MLP):
     """megatron-core's MLP with the activation of this module (no biases, no clamp, no per-token scale)."""
 
-    def forward(self, hidden_states: Tensor, **upstream_options: Any) -> tuple[Tensor, Tensor | None]:  # type: ignore[override]
-        """[s, b, h] to [s, b, h] and no bias. Collective: tensor-parallel group."""
+    def forward(  # type: ignore[override]
+        self, hidden_states: Tensor, padding_mask: Tensor | None = None, **upstream_options: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """[s, b, h] to [s, b, h] and no bias; padding changes nothing here. Collective: tensor-parallel group."""
         given = sorted(name for name, value in upstream_options.items() if value is not None)
         if given:
             raise ValueError(f"the feed-forward layer was given {', '.join(given)}; not supported")

@@ -40,7 +40,7 @@ def tiled_attention(query: Tensor, key: Tensor, value: Tensor, *, scale: float, 
     Args:
         query: [s, b, np, hn]; any strides, the last dimension dense.
         key: [s, b, ng, hn].
-        value: [s, b, ng, hn_v], hn_v <= hn.
+        value: [s, b, ng, hn_v].
         scale: Factor of the scores.
         is_causal: Each position attends to itself and what is before it.
 
@@ -53,10 +53,11 @@ def tiled_attention(query: Tensor, key: Tensor, value: Tensor, *, scale: float, 
 class _TiledAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float, is_causal: bool) -> Tensor:
-        # The fused kernel wants equal head sizes: zero columns of v give zero columns of the result.
-        padded = F.pad(value, (0, query.size(-1) - value.size(-1))) if value.size(-1) < query.size(-1) else value
+        # The kernel wants equal head sizes; columns of zeros change nothing.
+        width = max(query.size(-1), value.size(-1))
+        padded = [F.pad(x, (0, width - x.size(-1))) if x.size(-1) < width else x for x in (query, key, value)]
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            query.permute(1, 2, 0, 3), key.permute(1, 2, 0, 3), padded.permute(1, 2, 0, 3), 0.0, is_causal, scale=scale
+            *(x.permute(1, 2, 0, 3) for x in padded), 0.0, is_causal, scale=scale
         )
         out = out[..., : value.size(-1)]
         ctx.save_for_backward(query, key, value, out, lse)

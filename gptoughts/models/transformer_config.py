@@ -11,9 +11,11 @@ from torch import Tensor
 
 from gptoughts.config.experiment import ParallelConfig
 from gptoughts.config.model import ModelConfig
-from gptoughts.models.deepseek.config import DeepSeekConfig
+from gptoughts.config.pipeline import chunk_layers
+from gptoughts.models.expert_shape import ExpertFields
 from gptoughts.models.gpt.config import GPTConfig
 from gptoughts.models.mla.config import MLAConfig
+from gptoughts.models.yarn import YarnFields
 from gptoughts.platform import device
 
 
@@ -21,65 +23,53 @@ def leave_uninitialized(weight: Tensor) -> None:
     """The init method that megatron-core gets: ``models.initialization`` writes values once the model stands."""
 
 
-def gpt_transformer_config(
-    model: GPTConfig, parallel: ParallelConfig, *, params_dtype: torch.dtype
-) -> TransformerConfig:
-    """megatron-core's configuration of a multi-head or grouped-query decoder."""
+def transformer_config(model: ModelConfig, parallel: ParallelConfig, *, params_dtype: torch.dtype) -> TransformerConfig:
+    """megatron-core's configuration of any shape; an ``MLATransformerConfig`` where the attention is latent."""
+    fields = _common_fields(model, parallel, params_dtype)
+    if isinstance(model, ExpertFields):
+        fields |= _expert_fields(model)
+    if isinstance(model, MLAConfig):
+        return MLATransformerConfig(**fields, **_latent_fields(model))
+    assert isinstance(model, GPTConfig), f"{type(model).__name__}: no attention that is known here"
+    return TransformerConfig(**fields, **_grouped_query_fields(model))
+
+
+def _grouped_query_fields(model: GPTConfig) -> dict[str, Any]:
     filled = model.filled()
-    return TransformerConfig(
-        **_common_fields(model, parallel, params_dtype),
-        num_query_groups=filled.num_query_groups,
-        kv_channels=filled.kv_channels,
-        qk_layernorm=model.qk_layernorm,
-        add_qkv_bias=model.add_qkv_bias,
-    )
+    return {
+        "num_query_groups": filled.num_query_groups,
+        "kv_channels": filled.kv_channels,
+        "qk_layernorm": model.qk_layernorm,
+        "add_qkv_bias": model.add_qkv_bias,
+    }
 
 
-def mla_transformer_config(
-    model: MLAConfig, parallel: ParallelConfig, *, params_dtype: torch.dtype
-) -> MLATransformerConfig:
-    """megatron-core's configuration of a decoder with multi-head latent attention."""
-    return MLATransformerConfig(
-        **_common_fields(model, parallel, params_dtype),
-        **_latent_fields(model),
-        # megatron-core's default is YaRN's factor 40, which it reads for the softmax scale under plain RoPE too
-        # (transformer/multi_latent_attention.py:116, 0.16.1).
-        rotary_scaling_factor=1.0,
-        mscale=1.0,
-        mscale_all_dim=0.0,
-    )
-
-
-def deepseek_transformer_config(
-    model: DeepSeekConfig, parallel: ParallelConfig, *, params_dtype: torch.dtype
-) -> MLATransformerConfig:
-    """megatron-core's configuration of a decoder with latent attention and experts."""
+def _expert_fields(model: ExpertFields) -> dict[str, Any]:
     has_groups = model.moe_router_num_groups > 1
-    return MLATransformerConfig(
-        **_common_fields(model, parallel, params_dtype),
-        **_latent_fields(model),
-        # The softmax scale follows from these two; frequencies are models.yarn's.
-        rotary_scaling_factor=model.rotary_scaling_factor,
-        mscale=model.mscale,
-        mscale_all_dim=model.mscale_all_dim,
-        num_moe_experts=model.num_moe_experts,
-        moe_ffn_hidden_size=model.moe_ffn_hidden_size,
-        moe_shared_expert_intermediate_size=model.moe_shared_expert_intermediate_size or None,
-        moe_layer_freq=[int(n >= model.first_k_dense_layers) for n in range(model.num_layers)],
-        moe_router_topk=model.moe_router_topk,
-        moe_router_score_function=model.moe_router_score_function,
-        moe_router_num_groups=model.moe_router_num_groups if has_groups else None,
-        moe_router_group_topk=model.moe_router_group_topk if has_groups else None,
-        moe_router_topk_scaling_factor=model.moe_router_topk_scaling_factor,
-        moe_router_enable_expert_bias=model.moe_router_enable_expert_bias,
-        moe_router_load_balancing_type="seq_aux_loss",
-        moe_aux_loss_coeff=model.moe_aux_loss_coeff,
-        moe_z_loss_coeff=model.moe_z_loss_coeff,
-        moe_router_dtype="fp32",
-    )
+    return {
+        "num_moe_experts": model.num_moe_experts,
+        "moe_ffn_hidden_size": model.moe_ffn_hidden_size,
+        "moe_shared_expert_intermediate_size": model.moe_shared_expert_intermediate_size or None,
+        "moe_layer_freq": [int(n >= model.first_k_dense_layers) for n in range(model.num_layers)],
+        "moe_router_topk": model.moe_router_topk,
+        "moe_router_score_function": model.moe_router_score_function,
+        "moe_router_num_groups": model.moe_router_num_groups if has_groups else None,
+        "moe_router_group_topk": model.moe_router_group_topk if has_groups else None,
+        "moe_router_topk_scaling_factor": model.moe_router_topk_scaling_factor,
+        "moe_router_enable_expert_bias": model.moe_router_enable_expert_bias,
+        "moe_router_load_balancing_type": "seq_aux_loss",
+        "moe_aux_loss_coeff": model.moe_aux_loss_coeff,
+        "moe_z_loss_coeff": model.moe_z_loss_coeff,
+        "moe_router_dtype": "fp32",
+    }
 
 
 def _latent_fields(model: MLAConfig) -> dict[str, Any]:
+    # The softmax scale follows from these (frequencies are models.yarn's). megatron-core's default is YaRN's factor 40,
+    # which it reads under plain RoPE too (transformer/multi_latent_attention.py:116, 0.16.1).
+    scaling = {"rotary_scaling_factor": 1.0, "mscale": 1.0, "mscale_all_dim": 0.0}
+    if isinstance(model, YarnFields):
+        scaling = {name: getattr(model, name) for name in scaling}
     return {
         "multi_latent_attention": True,
         # 0.19.2 (transformer/mla_qk_norm_config.py:79) wants the latent norms said here as well as in the spec.
@@ -91,6 +81,7 @@ def _latent_fields(model: MLAConfig) -> dict[str, Any]:
         "v_head_dim": model.v_head_dim,
         "rope_type": "rope",
         "rotary_base": model.rotary_base,
+        **scaling,
     }
 
 
@@ -119,6 +110,7 @@ def _common_fields(model: ModelConfig, parallel: ParallelConfig, params_dtype: t
         "tensor_model_parallel_size": parallel.tensor,
         "pipeline_model_parallel_size": parallel.pipeline,
         "sequence_parallel": parallel.sequence,
+        **_pipeline_fields(model, parallel),
         # jit and CUDA features, chosen where they exist; on a CPU our own kernels stand in their place.
         "bias_dropout_fusion": is_cuda,
         "bias_activation_fusion": is_cuda,
@@ -128,4 +120,23 @@ def _common_fields(model: ModelConfig, parallel: ParallelConfig, params_dtype: t
         "persist_layer_norm": device.is_transformer_engine_usable(),
         "cross_entropy_loss_fusion": False,
         "calculate_per_token_loss": False,
+    }
+
+
+def _pipeline_fields(model: ModelConfig, parallel: ParallelConfig) -> dict[str, Any]:
+    """How the layers are divided, and how stages talk to each other."""
+    if parallel.pipeline == 1:
+        return {}
+    chunks = [["decoder"] * count for count in chunk_layers(model.num_layers, parallel)]
+    chunks[0].insert(0, "embedding")
+    chunks[-1].append("loss")
+    is_interleaved = parallel.virtual_pipeline > 1
+    return {
+        "pipeline_model_parallel_layout": chunks,
+        "virtual_pipeline_model_parallel_size": parallel.virtual_pipeline if is_interleaved else None,
+        # Interleaved, two stages are each other's predecessor and successor at once. In one batch of sends and receives
+        # their activations and gradients would change places (pipeline_parallel/p2p_communication.py:15, 0.16.1); sent
+        # singly they go through two groups (line 54 there). Without interleaving only batches are supported.
+        "overlap_p2p_comm": is_interleaved,
+        "batch_p2p_comm": not is_interleaved,
     }

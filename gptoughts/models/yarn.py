@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from gptoughts.config.model import ModelConfig
 from gptoughts.models.rotary_scaling import plain_frequencies
 
 
@@ -47,3 +48,60 @@ class YarnScaling:
 
     def _magnitude(self, mscale: float) -> float:
         return 0.1 * mscale * math.log(self.factor) + 1.0
+
+
+@dataclass(frozen=True)
+class YarnFields(ModelConfig):
+    """Fields of every family whose rotary embedding YaRN may stretch; to be joined with one that has attention."""
+
+    rotary_scaling_factor: float = 1.0
+    """YaRN: how many times longer than ``original_max_position_embeddings`` sequences may be; 1: plain rotary."""
+    original_max_position_embeddings: int = 4096
+    """YaRN: positions that the model was first trained with."""
+    beta_fast: float = 32.0
+    """YaRN: wavelengths that turn more often than this over the original positions are left alone."""
+    beta_slow: float = 1.0
+    """YaRN: wavelengths that turn less often than this are stretched by the whole factor."""
+    mscale: float = 1.0
+    """YaRN: cos and sin are multiplied by m(mscale) / m(mscale_all_dim), m(x) = 0.1 x ln(factor) + 1."""
+    mscale_all_dim: float = 0.0
+    """YaRN: attention scores are multiplied by m(mscale_all_dim) squared."""
+
+    def problems(self) -> list[str]:
+        """Everything about this shape that cannot be built, one line each."""
+        found = super().problems()
+        for name in ("original_max_position_embeddings", "beta_fast", "beta_slow"):
+            value = getattr(self, name)
+            if not value > 0:
+                found.append(f"{name}={value}: must be greater than 0")
+        for name in ("mscale", "mscale_all_dim"):
+            value = getattr(self, name)
+            if not value >= 0:
+                found.append(f"{name}={value}: must be 0 or greater")
+        if not self.rotary_scaling_factor >= 1:
+            found.append(f"rotary_scaling_factor={self.rotary_scaling_factor}: must be 1 (no scaling) or greater")
+        if not self.beta_slow < self.beta_fast:
+            found.append(f"beta_slow={self.beta_slow}: must be less than beta_fast={self.beta_fast}")
+        return found
+
+    def rotary_frequencies(self) -> tuple[float, ...] | None:
+        """Radians per position of each rotary pair; None where the base alone says them."""
+        scaling = self._yarn()
+        return None if scaling is None else scaling.frequencies(self.rotary_dim(), self.rotary_base)
+
+    def rotary_amplitude(self) -> float:
+        """What cos and sin of the rotary embedding are multiplied by."""
+        scaling = self._yarn()
+        return 1.0 if scaling is None else scaling.amplitude
+
+    def _yarn(self) -> YarnScaling | None:
+        if self.rotary_scaling_factor == 1:
+            return None
+        return YarnScaling(
+            factor=self.rotary_scaling_factor,
+            original_max_position_embeddings=self.original_max_position_embeddings,
+            beta_fast=self.beta_fast,
+            beta_slow=self.beta_slow,
+            mscale=self.mscale,
+            mscale_all_dim=self.mscale_all_dim,
+        )

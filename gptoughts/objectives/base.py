@@ -34,6 +34,9 @@ class ModelInputs:
     attention_mask: Tensor | None = None
     """bool, broadcastable to [b, heads, s, s], True where a query must not look at a key, beyond what the model
     forbids by itself."""
+    is_padding: Tensor | None = None
+    """bool [b, s], True beyond a row's end, where nothing is meant: routers of experts leave these positions out of
+    their balance. None: rows are whole."""
 
     def to(self, device: torch.device) -> ModelInputs:
         """The same microbatch on ``device`` (the denominator stays on the CPU)."""
@@ -46,6 +49,7 @@ class ModelInputs:
             self.is_counted.to(device, non_blocking=True),
             None if self.selected_positions is None else self.selected_positions.to(device, non_blocking=True),
             None if self.attention_mask is None else self.attention_mask.to(device, non_blocking=True),
+            None if self.is_padding is None else self.is_padding.to(device, non_blocking=True),
         )
 
 

@@ -82,6 +82,7 @@ class MaskedDiffusion:
         probability = torch.tensor([p for _, p, _ in noise], dtype=torch.float64)
         positions = torch.arange(s)
         is_counted = positions < lengths[:, None]
+        is_cut = not bool(is_counted.all())
         is_masked = torch.from_numpy(np.stack([masked for _, _, masked in noise])) & is_counted
         return ModelInputs(
             input_ids=tokens.masked_fill(is_masked, self.mask_token_id),
@@ -91,7 +92,8 @@ class MaskedDiffusion:
             denominator=lengths.sum().double(),
             is_counted=is_counted,
             selected_positions=select_positions(is_masked),
-            attention_mask=None if bool(is_counted.all()) else ~is_counted[:, None, None, :],
+            attention_mask=~is_counted[:, None, None, :] if is_cut else None,
+            is_padding=~is_counted if is_cut else None,
         )
 
     def reduce(self, per_token_loss: Tensor, loss_weights: Tensor) -> Tensor:

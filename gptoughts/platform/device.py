@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 
 import psutil
 import torch
 
 from gptoughts.errors import PlatformError
+from gptoughts.platform import matrix_product
 
 _GIB = 1024**3
 
@@ -56,6 +59,22 @@ def synchronize() -> None:
     """Wait until the device has done all work handed to it."""
     if is_cuda():
         torch.cuda.synchronize()
+
+
+@contextmanager
+def background_stream() -> Iterator[None]:
+    """Inside, a thread's work on the device runs beside the compute stream's, after what that was handed so far.
+
+    It is done when the context is left. Nothing on a CPU.
+    """
+    if not is_cuda():
+        yield
+        return
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.default_stream())
+    with torch.cuda.stream(stream):
+        yield
+    stream.synchronize()
 
 
 def memory_bytes() -> int:
@@ -134,13 +153,12 @@ def peak_tflops(dtype: torch.dtype, *, size: int | None = None, repeats: int = 3
     edge = size or (8192 if is_cuda() else 2048)
     generator = torch.Generator().manual_seed(0)
     left = torch.randn(edge, edge, generator=generator).to(current_device(), dtype)
-    right = left.t().contiguous()
-    out = left @ right
+    matrix_product.linear(left, left)
     best = float("inf")
     for _ in range(repeats):
         synchronize()
         started = time.perf_counter()
-        torch.mm(left, right, out=out)
+        matrix_product.linear(left, left)
         synchronize()
         best = min(best, time.perf_counter() - started)
     return 2 * edge**3 / best / 1e12

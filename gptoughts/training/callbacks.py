@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from gptoughts.checkpoint.manager import CheckpointManager
+from gptoughts.checkpoint.manager import CheckpointManager, PendingSave
 from gptoughts.objectives.multi_token import multi_token_figures
+from gptoughts.parallel import groups
 from gptoughts.training.evaluate import ValidationResult, Validator
 from gptoughts.training.metrics import MetricsFile
 from gptoughts.training.trainer import Callback, StepReport, Trainer
@@ -145,29 +147,59 @@ class CheckpointCallback(Callback):
         manager: Writes checkpoints.
         interval_steps: 0: only at the end or on request.
         say: Prints a line for the user.
+        is_asynchronous: Let training go on while files are written; a save waits for the one before.
     """
 
-    def __init__(self, manager: CheckpointManager, interval_steps: int, say: Callable[[str], None]) -> None:
+    _WRITTEN_FLAG = "checkpoint_written"
+
+    def __init__(
+        self, manager: CheckpointManager, interval_steps: int, say: Callable[[str], None], *, is_asynchronous: bool
+    ) -> None:
         self._manager = manager
         self._interval_steps = interval_steps
         self._say = say
+        self._is_asynchronous = is_asynchronous
         self._saved_step = -1
+        self._pending: PendingSave | None = None
+        self._stalled_seconds = 0.0
 
     def on_train_start(self, trainer: Trainer) -> None:
         self._saved_step = trainer.state.step
 
+    def flags(self) -> Mapping[str, float]:
+        return {self._WRITTEN_FLAG: float(self._pending is not None and self._pending.is_written)}
+
     def on_step_end(self, trainer: Trainer, report: StepReport) -> None:
+        # All ranks read the same sum, so that all publish after the same step.
+        if report.result.flags[self._WRITTEN_FLAG] == groups.world_size():
+            self._finish()
         if self._interval_steps and trainer.state.step % self._interval_steps == 0:
             self._save(trainer)
 
     def on_train_end(self, trainer: Trainer) -> None:
         if self._saved_step != trainer.state.step:
             self._save(trainer)
+        self._finish()
 
     def _save(self, trainer: Trainer) -> None:
-        folder = self._manager.save(trainer.engine, trainer.state.as_dict())
+        self._finish()
+        started = time.perf_counter()
+        self._pending = self._manager.begin(
+            trainer.engine, trainer.state.as_dict(), is_asynchronous=self._is_asynchronous
+        )
+        self._stalled_seconds = time.perf_counter() - started
         self._saved_step = trainer.state.step
-        self._say(f"saved {folder}")
+        if not self._is_asynchronous:
+            self._finish()
+
+    def _finish(self) -> None:
+        if self._pending is None:
+            return
+        started = time.perf_counter()
+        pending, self._pending = self._pending, None
+        folder = self._manager.finish(pending)
+        seconds = self._stalled_seconds + time.perf_counter() - started
+        self._say(f"saved {folder} (training waited {seconds:.2f} s)")
 
 
 class ProgressCallback(Callback):

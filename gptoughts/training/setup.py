@@ -22,9 +22,10 @@ from gptoughts.data.tokenizer import load_tokenizer
 from gptoughts.engine.deepspeed_engine import TrainEngine, construction_context, gathered
 from gptoughts.engine.interface import ForwardOutput
 from gptoughts.errors import ConfigError
+from gptoughts.models.expert_load import finish_step
 from gptoughts.models.flops import flops_per_token
-from gptoughts.models.language_model import global_buffer_names, global_parameter_names
 from gptoughts.models.registry import FAMILIES
+from gptoughts.models.stages import build_stages, stage_buffers, stage_parameters
 from gptoughts.objectives.base import ModelInputs, Objective
 from gptoughts.objectives.multi_token import MultiTokenLoss
 from gptoughts.parallel import groups
@@ -51,22 +52,24 @@ class ForwardStep:
     token_bytes: torch.Tensor
     multi_token_loss: MultiTokenLoss
 
-    def __call__(self, chunk: nn.Module, inputs: ModelInputs) -> ForwardOutput:
-        losses = chunk(
+    def __call__(self, chunk: nn.Module, inputs: ModelInputs) -> ForwardOutput | torch.Tensor:
+        output = chunk(
             inputs.input_ids,
             inputs.position_ids,
             inputs.attention_mask,
             labels=inputs.labels,
             selected_positions=inputs.selected_positions,
+            is_padding=inputs.is_padding,
         )
+        if not chunk.post_process:
+            return output
         extras = {TARGET_BYTES: bytes_of(inputs.labels, inputs.is_counted, self.token_bytes)}
-        if losses.dim() == inputs.labels.dim():
-            return ForwardOutput(self.objective.reduce(losses, inputs.loss_weights), extras)
+        if output.dim() == inputs.labels.dim():
+            return ForwardOutput(self.objective.reduce(output, inputs.loss_weights), extras)
         # A model with multi-token prediction, in training: the main loss first, then one per depth.
-        auxiliary_sum, further_extras = self.multi_token_loss(losses[1:], inputs)
-        return ForwardOutput(
-            self.objective.reduce(losses[0], inputs.loss_weights), extras | further_extras, auxiliary_sum
-        )
+        auxiliary_sum, further_extras = self.multi_token_loss(output[1:], inputs)
+        loss_sum = self.objective.reduce(output[0], inputs.loss_weights)
+        return ForwardOutput(loss_sum, extras | further_extras, auxiliary_sum)
 
 
 def precision(config: ExperimentConfig) -> str:
@@ -130,28 +133,30 @@ def build_engine(experiment: Experiment, token_bytes: torch.Tensor) -> tuple[Tra
     """Model, objective and engine of an experiment; the model-parallel groups exist.
 
     Returns:
-        The engine, the objective, and the parameters by global name.
+        The engine, the objective, and this rank's parameters by global name.
     Collective: every rank of the world.
     """
     config = experiment.config
     family = FAMILIES[config.model_type]
     objective = family.load_objective_builder()(config)
     dtype = DTYPES[precision(config)]
-    model = family.load_model_builder()(
+    chunks = build_stages(
+        family.load_model_builder(),
         config,
         params_dtype=dtype,
         construction_context=construction_context(experiment.deepspeed, dtype),
         gathered=gathered,
     )
-    names = global_parameter_names(model)
+    names = stage_parameters(chunks)
     engine = TrainEngine(
-        [model],
+        chunks,
         ForwardStep(objective, token_bytes, MultiTokenLoss(config.model.mtp_scaling_factor())),
         config.optim,
         experiment.deepspeed,
         parameter_names=names,
-        named_buffers=lambda: global_buffer_names(model),
-        after_step=model.after_step,
+        seq_length=seq_length(config),
+        named_buffers=lambda: stage_buffers(chunks),
+        after_step=lambda is_applied: finish_step(chunks, is_applied=is_applied),
     )
     return engine, objective, names
 
@@ -176,6 +181,7 @@ def build_validation(config: ExperimentConfig, corpus: CorpusInfo, objective: Ob
         data_parallel_rank=groups.data_parallel_rank(),
         data_parallel_size=groups.data_parallel_size(),
         device=device.current_device(),
+        microbatches_per_step=groups.pipeline_parallel_size(),
     )
     return ValidationCallback(validator, config.train.valid_interval_steps)
 
@@ -236,5 +242,12 @@ def build_callbacks(
                 metrics=metrics,
             )
         )
-    callbacks.append(CheckpointCallback(manager, config.checkpoint.interval_steps, console.print))
+    callbacks.append(
+        CheckpointCallback(
+            manager,
+            config.checkpoint.interval_steps,
+            console.print,
+            is_asynchronous=config.checkpoint.asynchronous,
+        )
+    )
     return callbacks

@@ -56,6 +56,10 @@ class Callback:
     def on_train_start(self, trainer: Trainer) -> None:
         """Before the first step."""
 
+    def flags(self) -> Mapping[str, float]:
+        """Numbers that ride on the next step's reduction; ``report.result.flags`` has their sums over all ranks."""
+        return {}
+
     def on_step_end(self, trainer: Trainer, report: StepReport) -> None:
         """After each step."""
 
@@ -127,7 +131,9 @@ class Trainer:
         data_seconds = time.perf_counter() - started
         microbatches = [self.objective.prepare(b.tokens, b.sample_indices).to(self.device) for b in batches]
         lr = self.learning_rate(self.state.step)
-        flags: Mapping[str, float] = {STOP_FLAG: float(self.stop_requested())}
+        flags = {STOP_FLAG: float(self.stop_requested())}
+        for callback in self.callbacks:
+            flags |= callback.flags()
         result = self.engine.train_step(microbatches, lr=lr, flags=flags)
         seconds = time.perf_counter() - started
         num_tokens = self.samples_per_step * self.sequence_length_tokens

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gptoughts.checkpoint import layout
-from gptoughts.checkpoint.portable import CheckpointReader, write_shard
+from gptoughts.checkpoint.portable import CheckpointReader, ShardContent
 from gptoughts.engine.interface import StateFragment
 from gptoughts.errors import CheckpointError
 from gptoughts.parallel import partition
@@ -44,13 +44,13 @@ def save(run: Path, tensor_size: int, data_size: int) -> CheckpointReader:
     for rank in range(tensor_size * data_size):
         tensor_rank, data_rank = rank % tensor_size, rank // tensor_size
         name = layout.shard_file(rank)
-        records[name] = write_shard(
-            partial / name,
+        content = ShardContent(
             fragments_of(tensor_rank, tensor_size, data_rank, data_size),
             {"torch": torch.full((3,), rank, dtype=torch.uint8)},
             tensor_rank=tensor_rank,
             tensor_size=tensor_size,
         )
+        records[name] = content.write(partial / name)
     layout.write_manifest(partial, records, {"step": 1})
     layout.publish(folder, keep_last=0)
     return CheckpointReader(folder)

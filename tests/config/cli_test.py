@@ -186,8 +186,59 @@ def test_a_saved_configuration_fits_another_number_of_ranks(tmp_path: Path) -> N
 
 def test_every_option_is_documented() -> None:
     for family in FAMILIES.values():
-        for option in tree_options(family.config_class).values():
-            assert len(option.help) > 10, option.name
+        for variant in (family, *family.variants):
+            for option in tree_options(variant.config_class).values():
+                assert len(option.help) > 10, option.name
+
+
+LATENT = ("--model_type", "llada", "--model.attention", "mla")
+EXPERTS = ("--model_type", "llada", "--model.num_moe_experts", "4")
+
+
+def test_options_of_the_model_choose_a_variant() -> None:
+    latent, experts = load(*LATENT, "--model.kv_lora_rank", "64"), load(*EXPERTS)
+    both = load(*LATENT, *EXPERTS[2:], "--model.moe_router_topk", "1", "--model.rotary_scaling_factor", "2")
+    models = [run.config.model for run in (load("--model_type", "llada"), latent, experts, both)]
+    assert [(m.attention, m.num_moe_experts) for m in models] == [("mha", 0), ("mla", 0), ("mha", 4), ("mla", 4)]
+    assert len({type(m) for m in models}) == 4
+    for run in (latent, experts, both):
+        assert from_yaml(to_yaml(run.config), FAMILIES) == run.config
+
+
+def test_a_yaml_file_chooses_a_variant_and_flags_override_it(tmp_path: Path) -> None:
+    path = write(tmp_path / "c.yaml", to_yaml(load(*EXPERTS).config))
+    assert load("--config", path).config == load(*EXPERTS).config
+    assert load("--config", path, "--model.num_moe_experts", "2").config.model.num_moe_experts == 2
+
+
+@pytest.mark.parametrize(
+    ("argv", "problem"),
+    [
+        (("--model_type", "llada", "--model.kv_lora_rank", "64"),
+         "model.kv_lora_rank=64 (command line): has no meaning in the model that is chosen; it belongs to "
+         "--model.attention mla"),
+        ((*LATENT, "--model.num_query_groups", "2"),
+         "model.num_query_groups=2 (command line): has no meaning in the model that is chosen; it belongs to "
+         "--model.attention mha"),
+        ((*LATENT, "--model.moe_router_topk", "1"),
+         "model.moe_router_topk=1 (command line): has no meaning in the model that is chosen; it belongs to "
+         "--model.num_moe_experts N"),
+        (("--model_type", "llada", "--model.attention", "none"),
+         "model.attention=none (command line): expected one of mha, mla"),
+        (("--model_type", "llada", "--model.num_moe_experts", "-1"),
+         "model.num_moe_experts=-1 (command line): must be greater than 0"),
+        ((*LATENT, "--size", "llada-8b"),
+         "size=llada-8b (command line): no preset of llada with --model.attention mla; allowed: debug, small, medium, "
+         "large, xl"),
+        (("--model_type", "gpt", "--model.attention", "mla"), "--model.attention (command line): unknown flag"),
+    ],
+    ids=lambda value: value[-1] if isinstance(value, tuple) else "",
+)  # fmt: skip
+def test_what_a_variant_has_not_is_refused(argv: tuple[str, ...], problem: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(*argv)
+    (found,) = caught.value.problems
+    assert found.startswith(problem)
 
 
 def test_help_shows_units_and_the_presets_defaults(capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,7 +11,12 @@ from gptoughts.config.settings import split_arguments
 from gptoughts.models.registry import FAMILIES
 
 TEXT = (Path(__file__).parents[2] / "docs" / "config.md").read_text(encoding="utf-8")
-KNOWN = {name for family in FAMILIES.values() for name in tree_options(family.config_class)}
+KNOWN = {
+    name
+    for family in FAMILIES.values()
+    for variant in (family, *family.variants)
+    for name in tree_options(variant.config_class)
+}
 
 
 def test_every_flag_in_the_page_exists() -> None:

@@ -56,7 +56,10 @@ def test_metrics_checkpoints_plot_and_config(corpus: Corpus, tmp_path: Path) -> 
 
 def test_an_interrupted_run_goes_on_as_if_it_had_not_been(corpus: Corpus, tmp_path: Path) -> None:
     pretrain(corpus, tmp_path / "whole", "--train.steps=6")
-    pretrain(corpus, tmp_path / "halves", "--train.steps=6", "--train.stop_after_steps=3")
+    # What is saved while training goes on is as good.
+    asynchronous = ("--checkpoint.asynchronous=true", "--checkpoint.interval_steps=1", "--checkpoint.keep_last=0")
+    pretrain(corpus, tmp_path / "halves", "--train.steps=6", "--train.stop_after_steps=3", *asynchronous)
+    assert [layout.step_of(folder) for folder in layout.list_checkpoints(tmp_path / "halves")] == [1, 2, 3]
     assert layout.step_of(layout.list_checkpoints(tmp_path / "halves")[-1]) == 3
     pretrain(corpus, tmp_path / "halves", "--train.steps=6")
     assert curve(tmp_path / "halves") == curve(tmp_path / "whole")

@@ -14,7 +14,7 @@ from gptoughts.models.flops import count_parameters
 from gptoughts.models.registry import FAMILIES
 from tests.distributed import run_distributed
 from tests.golden import curve
-from tests.harness import Layout, ToyRun, run_layout, step_microbatches
+from tests.harness import VARIANTS, Layout, ToyRun, run_layout, step_microbatches
 
 FAST = ("--optim.lr=3e-3", "--optim.eps=1e-8")
 OVERFIT_STEPS = 150
@@ -23,12 +23,13 @@ OVERFIT_GOAL = 0.1
 
 def count_built_parameters(family: str, folder: str) -> tuple[int, int]:
     run = ToyRun(family, Layout(), Path(folder))
+    config = run.experiment.config
     built = sum(parameter.numel() for parameter in run.parameters.values())
     run.close()
-    return built, count_parameters(FAMILIES[family], run.experiment.config.model).total
+    return built, count_parameters(FAMILIES[config.model_type], config.model).total
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *VARIANTS])
 def test_builds_with_the_number_of_parameters_that_flops_says(family: str, tmp_path: Path) -> None:
     ((built, counted),) = run_distributed(count_built_parameters, 1, family, str(tmp_path))
     assert built == counted
@@ -45,7 +46,7 @@ def overfit_one_batch(family: str, folder: str) -> list[float]:
     return losses
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *(pytest.param(name, marks=pytest.mark.slow) for name in VARIANTS)])
 def test_overfits_one_batch(family: str, tmp_path: Path) -> None:
     (losses,) = run_distributed(overfit_one_batch, 1, family, str(tmp_path))
     assert losses[0] > 5.0, "ln 256 = 5.5 is where an untrained byte model starts"
@@ -81,8 +82,14 @@ RESUMES = [
 ]
 
 
-@pytest.mark.parametrize("layout", RESUMES, ids=str)
-@pytest.mark.parametrize("family", FAMILIES)
+CASES = [
+    *((family, layout) for family in FAMILIES for layout in RESUMES),
+    ("llada-mla-moe", RESUMES[-1]),
+    *(pytest.param(name, layout, marks=pytest.mark.slow) for name in VARIANTS for layout in RESUMES[:-1]),
+]
+
+
+@pytest.mark.parametrize(("family", "layout"), CASES, ids=str)
 def test_save_and_resume_is_bitwise_equal(family: str, layout: Layout, tmp_path: Path) -> None:
     for expected, found, is_equal in run_distributed(
         resume_in_the_middle, layout.world_size, family, layout, str(tmp_path)

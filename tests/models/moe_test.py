@@ -76,11 +76,11 @@ def test_the_bias_moves_after_applied_steps_only_and_stays_fp32() -> None:
     assert bias.dtype is torch.float32
     (router,) = expert_routers(model).values()
     router.tokens_per_expert += torch.tensor([4, 0, 2, 2, 2, 2, 2, 2])
-    assert finish_step(model, is_applied=False)
+    assert finish_step([model], is_applied=False)
     assert not bias.any()
     assert not router.tokens_per_expert.any()
     router.tokens_per_expert += torch.tensor([4, 0, 2, 2, 2, 2, 2, 2])
-    figures = finish_step(model, is_applied=True)
+    figures = finish_step([model], is_applied=True)
     assert bias.tolist() == [-0.25, 0.25, 0, 0, 0, 0, 0, 0]
     assert (figures["layer_1_expert_load_min"], figures["layer_1_expert_load_max"]) == (0.0, 2.0)
 
@@ -115,3 +115,36 @@ def test_a_balance_loss_changes_gradients_and_not_the_loss(score: str, loss: str
         gradients.append(router.weight.grad)
     assert values[0] == values[1]
     assert not torch.allclose(gradients[0], gradients[1], rtol=1e-2)
+
+
+@pytest.mark.parametrize("score", ["sigmoid", "softmax"])
+def test_padding_counts_neither_for_the_load_nor_in_a_loss(score: str) -> None:
+    """A row with a padded end balances as that row without its end."""
+    fields = {"moe_router_score_function": score, "moe_router_enable_expert_bias": False, "moe_aux_loss_coeff": 1.0}
+    (router,) = expert_routers(build(**fields)).values()
+    x = torch.randn(12, 2, 32)
+    is_padding = torch.zeros(2, 12, dtype=torch.bool)
+    is_padding[1, 7:] = True
+    found = []
+    for pieces in ([(x, is_padding)], [(x[:, :1], None), (x[:7, 1:], None)]):
+        router.weight.grad = None
+        for hidden, padding in pieces:
+            gates, _ = router(hidden, padding)
+            (gates.sum() * 0.0).backward()
+        found.append((router.take_counts(), router.weight.grad))
+    (counts, gradient), (expected_counts, summed) = found
+    assert counts.tolist() == expected_counts.tolist()
+    torch.testing.assert_close(gradient, summed / 2, msg="the mean over sequences, not their sum")
+
+
+def test_padding_counts_not_in_the_z_loss() -> None:
+    fields = {"moe_router_enable_expert_bias": False, "moe_z_loss_coeff": 1.0}
+    (router,) = expert_routers(build(**fields)).values()
+    x = torch.randn(12, 2, 32)
+    is_padding = torch.zeros(2, 12, dtype=torch.bool)
+    is_padding[1, 7:] = True
+    gates, _ = router(x, is_padding)
+    (gates.sum() * 0.0).backward()
+    logits = (x @ router.weight.t()).transpose(0, 1)[~is_padding]
+    expected = torch.autograd.grad(logits.logsumexp(-1).square().sum() / 24, router.weight)[0]
+    torch.testing.assert_close(router.weight.grad, expected)

@@ -8,7 +8,8 @@ from gptoughts.models.flops import count_parameters
 from gptoughts.models.registry import FAMILIES
 
 HOUSE = ("debug", "small", "medium", "large", "xl")
-CASES = [(family, size) for family in FAMILIES.values() for size in HOUSE]
+EVERY = [variant for family in FAMILIES.values() for variant in (family, *family.variants)]
+CASES = [(family, size) for family in EVERY for size in HOUSE]
 PUBLISHED = [(family, size) for family in FAMILIES.values() for size in family.presets if size not in HOUSE]
 NOMINAL = {"debug": 7e6, "small": 125e6, "medium": 350e6, "large": 760e6, "xl": 1.5e9}
 GPT3 = {  # arXiv:2005.14165, table 2.1: layers, width, heads, head size, learning rate
@@ -27,7 +28,7 @@ def test_a_preset_is_sound(family, size: str) -> None:
     assert preset.model.filled().problems() == []
     assert preset.model.filled().filled() == preset.model.filled()
     assert preset.source
-    count = count_parameters(family, preset.model)
+    count = count_parameters(FAMILIES[family.name], preset.model)
     assert count.total == pytest.approx(preset.num_parameters, rel=0.01)
     if preset.num_active_parameters is not None:
         assert count.active == pytest.approx(preset.num_active_parameters, rel=0.01)

@@ -40,11 +40,14 @@ class Reference:
         self.shape = shape
         self.weights = weights
         self.losses = Losses()
+        self.length = 0
+        """Positions of a whole row, which the z-loss is divided by at every depth."""
 
     def __call__(self, tokens: Tensor, loss_weights: Tensor) -> Losses:
         """Tokens int64 [b, s + 1], loss weights [b, s]."""
         self.losses = Losses()
         inputs, s = tokens[:, :-1], tokens.size(1) - 1
+        self.length = s
         states = self.embed(inputs)
         for number in range(self.shape.num_layers):
             states = self.layer(f"decoder.layers.{number}.", states)
@@ -133,7 +136,8 @@ class Reference:
         if f"{prefix}shared_experts.linear_fc1.weight" in w:
             out = out + self.swiglu(x, *(w[f"{prefix}shared_experts.linear_fc{n}.weight"] for n in (1, 2)))
         self.losses.balance.append(self.balance_loss(scores, chosen))
-        self.losses.z.append(logits.exp().sum(-1).log().square().mean())
+        squares = logits.exp().sum(-1).log().square()
+        self.losses.z.append(squares.sum() / (x.size(0) * self.length))
         return out
 
     def balance_loss(self, scores: Tensor, chosen: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
 """The published architecture and loss of LLaDA, written plainly and on its own: nothing here is of the package.
 
 A Llama block (Touvron et al., arXiv:2302.13971: RMSNorm before each half, rotary embeddings, SwiGLU) whose attention
-has no causal mask (arXiv:2502.09992, section 2.2), and that paper's equation 3 for rows of any length.
+has no causal mask (arXiv:2502.09992, section 2.2), latent attention as DeepSeek-V2 writes it (arXiv:2405.04434,
+section 2.1, equations 9-19, with a norm on each latent), and equation 3 of the former for rows of any length.
 """
 
 from __future__ import annotations
@@ -31,39 +32,76 @@ def turn(x: Tensor, base: float) -> Tensor:
     return torch.cat((turned.real, turned.imag), dim=-1)
 
 
-class Block(nn.Module):
-    def __init__(self, width: int, inner: int, heads: int, groups: int, base: float, epsilon: float, bias: bool):
+class Attention(nn.Module):
+    def __init__(self, width: int, heads: int, groups: int, base: float, bias: bool) -> None:
         super().__init__()
         self.heads, self.groups, self.size, self.base = heads, groups, width // heads, base
-        self.attention_norm, self.feed_forward_norm = Norm(width, epsilon), Norm(width, epsilon)
         self.q = nn.Linear(width, heads * self.size, bias=bias)
         self.k = nn.Linear(width, groups * self.size, bias=bias)
         self.v = nn.Linear(width, groups * self.size, bias=bias)
         self.out = nn.Linear(width, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, s, width = x.shape
+        q, k, v = (layer(x).view(b, s, -1, self.size).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        q, k = turn(q, self.base), turn(k, self.base)
+        k, v = (t.repeat_interleave(self.heads // self.groups, dim=1) for t in (k, v))
+        scores = q @ k.transpose(-1, -2) / self.size**0.5
+        return self.out((scores.softmax(-1) @ v).transpose(1, 2).reshape(b, s, width))
+
+
+class LatentAttention(nn.Module):
+    def __init__(
+        self, width: int, heads: int, base: float, epsilon: float, *, q_rank: int | None, rank: int, plain: int,
+        turned: int, value: int,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.heads, self.plain, self.turned, self.value, self.base = heads, plain, turned, value, base
+        if q_rank is None:
+            self.q = nn.Linear(width, heads * (plain + turned), bias=False)
+        else:
+            self.q_down, self.q_norm = nn.Linear(width, q_rank, bias=False), Norm(q_rank, epsilon)
+            self.q_up = nn.Linear(q_rank, heads * (plain + turned), bias=False)
+        self.kv_down = nn.Linear(width, rank + turned, bias=False)
+        self.kv_norm = Norm(rank, epsilon)
+        self.kv_up = nn.Linear(rank, heads * (plain + value), bias=False)
+        self.out = nn.Linear(heads * value, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, s, _ = x.shape
+        q = self.q(x) if hasattr(self, "q") else self.q_up(self.q_norm(self.q_down(x)))
+        q_plain, q_turned = q.view(b, s, self.heads, -1).transpose(1, 2).split([self.plain, self.turned], dim=-1)
+        latent, k_turned = self.kv_down(x).split([self.kv_norm.weight.numel(), self.turned], dim=-1)
+        kv = self.kv_up(self.kv_norm(latent)).view(b, s, self.heads, -1).transpose(1, 2)
+        k_plain, v = kv.split([self.plain, self.value], dim=-1)
+        q_turned, k_turned = turn(q_turned, self.base), turn(k_turned[:, None], self.base)
+        scores = q_plain @ k_plain.transpose(-1, -2) + q_turned @ k_turned.transpose(-1, -2)
+        probabilities = (scores / (self.plain + self.turned) ** 0.5).softmax(-1)
+        return self.out((probabilities @ v).transpose(1, 2).reshape(b, s, -1))
+
+
+class Block(nn.Module):
+    def __init__(self, attention: nn.Module, width: int, inner: int, epsilon: float) -> None:
+        super().__init__()
+        self.attention = attention
+        self.attention_norm, self.feed_forward_norm = Norm(width, epsilon), Norm(width, epsilon)
         self.gate = nn.Linear(width, inner, bias=False)
         self.up = nn.Linear(width, inner, bias=False)
         self.down = nn.Linear(inner, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        b, s, width = x.shape
-        normed = self.attention_norm(x)
-        q, k, v = (layer(normed).view(b, s, -1, self.size).transpose(1, 2) for layer in (self.q, self.k, self.v))
-        q, k = turn(q, self.base), turn(k, self.base)
-        k, v = (t.repeat_interleave(self.heads // self.groups, dim=1) for t in (k, v))
-        scores = q @ k.transpose(-1, -2) / self.size**0.5
-        x = x + self.out((scores.softmax(-1) @ v).transpose(1, 2).reshape(b, s, width))
+        x = x + self.attention(self.attention_norm(x))
         normed = self.feed_forward_norm(x)
         return x + self.down(F.silu(self.gate(normed)) * self.up(normed))
 
 
 class Reference(nn.Module):
     def __init__(
-        self, *, layers: int, width: int, inner: int, heads: int, groups: int, vocabulary: int, base: float,
-        epsilon: float, bias: bool, tied: bool,
-    ) -> None:  # fmt: skip
+        self, attentions: list[nn.Module], *, width: int, inner: int, vocabulary: int, epsilon: float, tied: bool
+    ) -> None:
         super().__init__()
         self.embedding = nn.Embedding(vocabulary, width)
-        self.blocks = nn.ModuleList(Block(width, inner, heads, groups, base, epsilon, bias) for _ in range(layers))
+        self.blocks = nn.ModuleList(Block(attention, width, inner, epsilon) for attention in attentions)
         self.norm = Norm(width, epsilon)
         self.head = nn.Linear(width, vocabulary, bias=False)
         if tied:

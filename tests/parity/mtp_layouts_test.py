@@ -25,7 +25,7 @@ from tests.parity.layouts_test import (
     STEP_1_LOSS_RELATIVE,
     STEPS,
     Run,
-    check_equal,
+    assert_equal,
     gradients,
     relative,
 )
@@ -78,7 +78,7 @@ def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Run:
 @pytest.mark.parametrize("layout", CASES)
 def test_layout_equals_one_rank(layout: Layout, tmp_path: Path, one_rank: Run) -> None:
     found = run_case(layout, DEPTHS, tmp_path)
-    check_equal(found, one_rank)
+    assert_equal(found, one_rank)
     for step, (ours, theirs) in enumerate(zip(found[0], one_rank[0], strict=True), start=1):
         tolerance = STEP_1_LOSS_RELATIVE if step == 1 else LATER_LOSS_RELATIVE
         for name in ("mtp_1_loss_sum", "mtp_1_weight_sum", "mtp_2_loss_sum", "mtp_2_weight_sum"):

@@ -163,18 +163,19 @@ def test_off_by_default_and_initial_weights_of_the_main_model_stay() -> None:
 @pytest.mark.parametrize("score", ["sigmoid", "softmax"])
 @pytest.mark.parametrize("loss", ["balance", "z"])
 def test_balance_losses_equal_their_formulas(score: str, loss: str) -> None:
-    """The gradient of a training step is the main loss's and coefficient times the formula's."""
+    """The gradient of a step is that of all token losses and of coefficient times the formula, a depth's layer too."""
     name = {"balance": "moe_aux_loss_coeff", "z": "moe_z_loss_coeff"}[loss]
     shape = dataclasses.replace(
         SHAPE, num_layers=3, moe_router_score_function=score, moe_router_enable_expert_bias=score == "sigmoid",
-        **{name: 0.5},
+        mtp_num_layers=1, **{name: 0.5},
     )  # fmt: skip
     model = randomized(shape)
     tokens, inputs = batch()
-    per_token = model(inputs.input_ids, None, None, labels=inputs.labels)
-    MoEAuxLossAutoScaler.set_loss_scale(torch.ones(()))
-    ((per_token * inputs.loss_weights).sum() / inputs.denominator.float()).backward()
+    main, _, gradients = our_gradients(model, inputs)
     losses, copies = reference(model, shape, tokens, inputs.loss_weights)
-    added = 0.5 * torch.stack(getattr(losses, loss)).sum()
-    (losses.main / inputs.denominator.float() + added).backward()
-    check({n: p.grad for n, p in global_parameter_names(model).items() if p.grad is not None}, copies)
+    assert main == pytest.approx(losses.main.item(), rel=RELATIVE), "what is logged is the main loss alone"
+    added = getattr(losses, loss)
+    assert len(added) == 3, "two layers of the decoder and one depth"
+    total = (losses.main + SCALING * losses.depths[0]) / inputs.denominator.float() + 0.5 * torch.stack(added).sum()
+    total.backward()
+    check(gradients, copies)

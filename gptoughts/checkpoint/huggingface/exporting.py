@@ -24,16 +24,9 @@ from gptoughts.checkpoint.huggingface.output import (
     progress,
     refuse_check,
 )
-from gptoughts.checkpoint.huggingface.tensor_files import (
-    DTYPES,
-    INDEX_FILE,
-    NAMES,
-    SINGLE_FILE,
-    TensorHeader,
-    plan_files,
-    write_file,
-)
+from gptoughts.checkpoint.huggingface.tensor_files import INDEX_FILE, SINGLE_FILE, plan_files
 from gptoughts.checkpoint.portable import BUFFER, WEIGHT, CheckpointReader
+from gptoughts.checkpoint.safetensors_file import DTYPES, NAMES, TensorHeader, write_file
 from gptoughts.config.cli import from_yaml
 from gptoughts.config.experiment import ExperimentConfig
 from gptoughts.data.tokenizer import load_tokenizer

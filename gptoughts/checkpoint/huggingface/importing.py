@@ -28,8 +28,9 @@ from gptoughts.checkpoint.huggingface.output import (
     progress,
     refuse_check,
 )
-from gptoughts.checkpoint.huggingface.tensor_files import DTYPES, TensorFolder, TensorHeader, plan_files, write_file
+from gptoughts.checkpoint.huggingface.tensor_files import CONVERTIBLE, TensorFolder, plan_files
 from gptoughts.checkpoint.identity import model_identity
+from gptoughts.checkpoint.safetensors_file import TensorHeader, write_file
 from gptoughts.config.cli import to_yaml
 from gptoughts.config.experiment import ExperimentConfig, TrainConfig
 from gptoughts.errors import CheckpointError
@@ -104,8 +105,8 @@ def import_problems(folder: TensorFolder, entries: Sequence[Entry]) -> list[str]
             problems.append(f"{name}: missing, shape {shape} expected")
         elif found.shape != shape:
             problems.append(f"{name}: shape {found.shape}, {shape} expected")
-        elif found.dtype not in DTYPES:
-            problems.append(f"{name}: dtype {found.dtype}; allowed: {', '.join(DTYPES)}")
+        elif found.dtype not in CONVERTIBLE:
+            problems.append(f"{name}: dtype {found.dtype}; allowed: {', '.join(CONVERTIBLE)}")
     for name in folder.headers:
         if name == _OUTPUT_LAYER and name not in expected:
             if _EMBEDDING in folder.headers and not torch.equal(folder.read(name), folder.read(_EMBEDDING)):

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn, 
 from gptoughts.checkpoint import layout
 from gptoughts.checkpoint.huggingface.base import Entry, padded_rows
 from gptoughts.checkpoint.huggingface.formats import CONFIG_FILE, Published
-from gptoughts.checkpoint.huggingface.tensor_files import DTYPES, TensorHeader
+from gptoughts.checkpoint.safetensors_file import DTYPES, TensorHeader
 from gptoughts.errors import CheckpointError, ConfigError
 
 MAX_FILE_BYTES = 5_000_000_000

@@ -1,48 +1,23 @@
-"""safetensors files read and written one tensor at a time, so that memory holds a few whatever the model's size.
-
-The format is a length, a JSON header with names, dtypes, shapes and offsets, and the bytes one after the other
-(https://huggingface.co/docs/safetensors). The library writes from tensors that are all in memory; as the header needs
-only shapes, a file can as well be written from tensors that are read when their turn comes.
-"""
+"""Hugging Face folders read one tensor at a time, so that memory holds a few whatever the model's size."""
 
 from __future__ import annotations
 
 import json
-import math
-import struct
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from gptoughts.checkpoint.huggingface.fp8 import FP8, SCALE_DTYPES, SCALE_SUFFIX, BlockQuantization
-from gptoughts.checkpoint.layout import sync_file
+from gptoughts.checkpoint.safetensors_file import DTYPES, TensorHeader
 from gptoughts.errors import CheckpointError
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-"""safetensors' name of each dtype that converts."""
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
-
-
-@dataclass(frozen=True)
-class TensorHeader:
-    """What a file says of a tensor before it is read."""
-
-    name: str
-    dtype: str
-    """safetensors' name."""
-    shape: tuple[int, ...]
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of its values."""
-        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
+CONVERTIBLE = ("F32", "BF16", "F16")
+"""safetensors' names of the dtypes that convert."""
 
 
 class TensorFolder:
@@ -130,43 +105,3 @@ def plan_files(headers: Sequence[TensorHeader], max_file_bytes: int) -> list[lis
         files[-1].append(header)
         size += header.num_bytes
     return files
-
-
-def write_file(
-    path: Path,
-    headers: Sequence[TensorHeader],
-    read: Callable[[str], Iterable[Tensor]],
-    *,
-    metadata: Mapping[str, str],
-    written: Callable[[int], None],
-) -> None:
-    """Write one file and flush it to the disk.
-
-    Args:
-        path: File to write.
-        headers: Its tensors, in order.
-        read: Gives a tensor's values when its turn comes, in pieces along its first dim.
-        metadata: Texts for the header.
-        written: Told the bytes of each tensor.
-    Raises:
-        OSError: the disk is full or cannot be written.
-    """
-    table: dict[str, Any] = {"__metadata__": dict(metadata)}
-    offset = 0
-    for header in headers:
-        end = offset + header.num_bytes
-        table[header.name] = {"dtype": header.dtype, "shape": list(header.shape), "data_offsets": [offset, end]}
-        offset = end
-    text = json.dumps(table, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # values are aligned to 8 bytes
-    with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        for header in headers:
-            num_bytes = 0
-            for tensor in read(header.name):
-                assert tensor.dtype is DTYPES[header.dtype], header
-                file.write(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
-                num_bytes += tensor.nbytes
-                written(tensor.nbytes)
-            assert num_bytes == header.num_bytes, (header, num_bytes)
-    sync_file(path)

@@ -12,8 +12,9 @@ from torch import Tensor
 from gptoughts.checkpoint.huggingface.base import Entry
 from gptoughts.checkpoint.huggingface.formats import read_published
 from gptoughts.checkpoint.huggingface.importing import import_problems
-from gptoughts.checkpoint.huggingface.tensor_files import DTYPES, TensorFolder
+from gptoughts.checkpoint.huggingface.tensor_files import TensorFolder
 from gptoughts.checkpoint.portable import WEIGHT
+from gptoughts.checkpoint.safetensors_file import DTYPES
 from gptoughts.engine.interface import StateFragment
 from gptoughts.errors import CheckpointError
 from gptoughts.parallel import partition

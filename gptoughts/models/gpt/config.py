@@ -85,6 +85,10 @@ class GPTConfig(ModelConfig):
             found.append(f"rotary_low_freq_factor={low}: must be below rotary_high_freq_factor={high}")
         return found
 
+    def rotary_dim(self) -> int:
+        """Whole heads are turned."""
+        return self._head_size
+
     def rotary_frequencies(self) -> tuple[float, ...] | None:
         """Radians per position of each rotary pair; None where the base alone says them."""
         if self.rotary_scaling is None:

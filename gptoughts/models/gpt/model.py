@@ -12,7 +12,7 @@ from gptoughts.models.gpt.config import GPTConfig
 from gptoughts.models.initialization import Gathered, keep_as_is
 from gptoughts.models.language_model import ConstructionContext, LanguageModel, build_language_model
 from gptoughts.models.specs.dense import dense_decoder_spec
-from gptoughts.models.transformer_config import gpt_transformer_config
+from gptoughts.models.transformer_config import transformer_config
 
 
 def build_model(
@@ -42,13 +42,11 @@ def build_model(
     """
     model = config.model
     assert isinstance(model, GPTConfig)
-    transformer_config = gpt_transformer_config(model, config.parallel, params_dtype=params_dtype)
+    upstream_config = transformer_config(model, config.parallel, params_dtype=params_dtype)
     return build_language_model(
         config,
-        transformer_config,
-        dense_decoder_spec(transformer_config, attn_mask_type=attn_mask_type, vp_stage=vp_stage),
-        rotary_dim=transformer_config.kv_channels,
-        rotary_frequencies=model.rotary_frequencies(),
+        upstream_config,
+        dense_decoder_spec(upstream_config, attn_mask_type=attn_mask_type, vp_stage=vp_stage),
         pre_process=pre_process,
         post_process=post_process,
         vp_stage=vp_stage,

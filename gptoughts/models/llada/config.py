@@ -1,25 +1,40 @@
-"""The shape of a masked-diffusion language model: a Llama-style block that looks both ways, and how it is masked."""
+"""The shape of a masked-diffusion language model: any of our blocks, looking both ways, and how its input is masked.
+
+One class for each choice of ``attention`` and ``num_moe_experts``, joined from the fields of the autoregressive
+families, so that every option of a block exists where it has a meaning and nowhere else.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar, Self
+from typing import ClassVar, Literal, Self
 
-from gptoughts.config.model import VOCABULARY_MULTIPLE
+from gptoughts.config.model import VOCABULARY_MULTIPLE, ModelConfig
+from gptoughts.models.expert_shape import ExpertFields
 from gptoughts.models.gpt.config import GPTConfig
+from gptoughts.models.mla.config import MLAConfig
+from gptoughts.models.yarn import YarnFields
 
 MASK_TOKEN = "[MASK]"
 """Name that a tokenizer gets for the mask where it has none."""
 
 
 @dataclass(frozen=True)
-class LLaDAConfig(GPTConfig):
-    """Fields of the family ``llada``."""
+class DiffusionFields(ModelConfig):
+    """Fields that every shape of the family ``llada`` has."""
 
-    RUN_ONLY_FIELDS: ClassVar[frozenset[str]] = GPTConfig.RUN_ONLY_FIELDS | {
+    RUN_ONLY_FIELDS: ClassVar[frozenset[str]] = ModelConfig.RUN_ONLY_FIELDS | {
         "mask_epsilon", "random_length_probability", "is_low_discrepancy",
     }  # fmt: skip
+    CHOICES: ClassVar[tuple[str, ...]] = ("attention", "num_moe_experts")
 
+    attention: Literal["mha", "mla"] = "mha"
+    """mha: multi-head or grouped-query attention (--model.num_query_groups), as in gpt; mla: multi-head latent
+    attention, as in mla. Each has options of its own: --model.attention mla --help lists the latter's."""
+    num_moe_experts: int = 0
+    """Routed experts of each layer above the first ones, as in deepseek; 0: every layer is dense. With experts --help
+    lists their options too."""
     mask_token_id: int | None = None
     """Id of the mask token: a special token of the tokenizer, or the first id beyond it. Unset: that one."""
     mask_epsilon: float = 1e-3
@@ -28,6 +43,14 @@ class LLaDAConfig(GPTConfig):
     """Probability that a training sample is cut to a length drawn uniformly from 1 ... block_size."""
     is_low_discrepancy: bool = False
     """Spread the masking levels t of a global batch evenly over [0, 1) (less noisy steps), not independently."""
+
+    @classmethod
+    def is_chosen_by(cls, stated: Mapping[str, str]) -> bool:
+        """Whether this class has the attention that is stated, and experts where their number is not 0."""
+        wants_latent = stated.get("attention") == "mla"
+        number = stated.get("num_moe_experts", "0").lstrip("-")
+        wants_experts = number.isdecimal() and int(number) > 0
+        return issubclass(cls, MLAConfig) == wants_latent and issubclass(cls, ExpertFields) == wants_experts
 
     @property
     def _mask_id(self) -> int:
@@ -64,3 +87,30 @@ class LLaDAConfig(GPTConfig):
         if not 0 <= self.random_length_probability <= 1:
             found.append(f"random_length_probability={self.random_length_probability}: a probability from 0 to 1")
         return found
+
+
+@dataclass(frozen=True)
+class LLaDAConfig(DiffusionFields, GPTConfig):
+    """Multi-head or grouped-query attention and dense layers: the published model."""
+
+
+@dataclass(frozen=True)
+class LLaDALatentConfig(DiffusionFields, YarnFields, MLAConfig):
+    """Latent attention and dense layers."""
+
+    attention: Literal["mha", "mla"] = "mla"
+
+
+@dataclass(frozen=True)
+class LLaDAExpertConfig(DiffusionFields, ExpertFields, GPTConfig):
+    """Multi-head or grouped-query attention and experts."""
+
+    num_moe_experts: int = 8
+
+
+@dataclass(frozen=True)
+class LLaDALatentExpertConfig(DiffusionFields, ExpertFields, YarnFields, MLAConfig):
+    """Latent attention and experts."""
+
+    attention: Literal["mha", "mla"] = "mla"
+    num_moe_experts: int = 8

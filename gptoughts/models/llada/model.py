@@ -1,4 +1,4 @@
-"""Builds the family ``llada``: the decoder of ``gpt`` without a causal mask, and the objective that trains it."""
+"""Builds the family ``llada``: an autoregressive family's decoder without a causal mask, and the objective."""
 
 from __future__ import annotations
 
@@ -8,10 +8,14 @@ import torch
 from megatron.core.transformer.enums import AttnMaskType
 
 from gptoughts.config.experiment import ExperimentConfig
-from gptoughts.models.gpt.model import build_model as build_decoder
+from gptoughts.models.deepseek.model import build_model as build_expert_decoder
+from gptoughts.models.expert_shape import ExpertFields
+from gptoughts.models.gpt.model import build_model as build_dense_decoder
 from gptoughts.models.initialization import Gathered, keep_as_is
 from gptoughts.models.language_model import ConstructionContext, LanguageModel
-from gptoughts.models.llada.config import LLaDAConfig
+from gptoughts.models.llada.config import DiffusionFields
+from gptoughts.models.mla.config import MLAConfig
+from gptoughts.models.mla.model import build_model as build_latent_decoder
 from gptoughts.objectives.masked_diffusion import MaskedDiffusion
 
 
@@ -29,7 +33,11 @@ def build_model(
 
     Collective: tensor-parallel group; the data-parallel group under ZeRO-3.
     """
-    assert isinstance(config.model, LLaDAConfig)
+    assert isinstance(config.model, DiffusionFields)
+    if isinstance(config.model, ExpertFields):
+        build_decoder = build_expert_decoder
+    else:
+        build_decoder = build_latent_decoder if isinstance(config.model, MLAConfig) else build_dense_decoder
     return build_decoder(
         config,
         params_dtype=params_dtype,
@@ -45,7 +53,7 @@ def build_model(
 def build_objective(config: ExperimentConfig) -> MaskedDiffusion:
     """The objective of a resolved run: noise from ``config.seed``, masking as the model's configuration says."""
     model = config.model.filled()
-    assert isinstance(model, LLaDAConfig)
+    assert isinstance(model, DiffusionFields)
     assert model.mask_token_id is not None
     period = config.train.global_batch_size if model.is_low_discrepancy else None
     assert not (model.is_low_discrepancy and period is None), "a resolved run knows its global batch size"

@@ -47,6 +47,10 @@ class MLAConfig(ModelConfig):
             found.append("add_qkv_bias=True: megatron-core's latent attention has no such bias; set it to false")
         return found
 
+    def rotary_dim(self) -> int:
+        """The shared part is turned."""
+        return self.qk_pos_emb_head_dim
+
     def attention_parameters(self) -> int:
         """Down and up projections of queries and of keys and values, the output projection, and the latent norms."""
         hidden, heads = self.hidden_size, self.num_attention_heads

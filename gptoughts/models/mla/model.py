@@ -6,13 +6,14 @@ from contextlib import nullcontext
 
 import torch
 from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.transformer_config import MLATransformerConfig
 
 from gptoughts.config.experiment import ExperimentConfig
 from gptoughts.models.initialization import Gathered, keep_as_is
 from gptoughts.models.language_model import ConstructionContext, LanguageModel, build_language_model
 from gptoughts.models.mla.config import MLAConfig
 from gptoughts.models.specs.mla import mla_decoder_spec
-from gptoughts.models.transformer_config import mla_transformer_config
+from gptoughts.models.transformer_config import transformer_config
 
 
 def build_model(
@@ -42,12 +43,12 @@ def build_model(
     """
     model = config.model
     assert isinstance(model, MLAConfig)
-    transformer_config = mla_transformer_config(model, config.parallel, params_dtype=params_dtype)
+    upstream_config = transformer_config(model, config.parallel, params_dtype=params_dtype)
+    assert isinstance(upstream_config, MLATransformerConfig)
     return build_language_model(
         config,
-        transformer_config,
-        mla_decoder_spec(transformer_config, attn_mask_type=attn_mask_type, vp_stage=vp_stage),
-        rotary_dim=transformer_config.qk_pos_emb_head_dim,
+        upstream_config,
+        mla_decoder_spec(upstream_config, attn_mask_type=attn_mask_type, vp_stage=vp_stage),
         pre_process=pre_process,
         post_process=post_process,
         vp_stage=vp_stage,

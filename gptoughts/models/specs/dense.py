@@ -35,8 +35,16 @@ def dense_decoder_spec(
         backend: Unset: what this machine can run.
     """
     backend = backend or select_backend(config.normalization)
+    attention = grouped_query_attention(config, backend, attn_mask_type)
+    return decoder_block(decoder_layer(attention, backend), config, backend, vp_stage)
+
+
+def grouped_query_attention(
+    config: TransformerConfig, backend: SpecBackend, attn_mask_type: AttnMaskType
+) -> ModuleSpec:
+    """Multi-head or grouped-query attention alone."""
     head_norm = backend.norm if config.qk_layernorm else IdentityOp
-    attention = ModuleSpec(
+    return ModuleSpec(
         module=SelfAttention,
         params={"attn_mask_type": attn_mask_type},
         submodules=SelfAttentionSubmodules(
@@ -47,7 +55,6 @@ def dense_decoder_spec(
             k_layernorm=head_norm,
         ),
     )
-    return decoder_block(decoder_layer(attention, backend), config, backend, vp_stage)
 
 
 def decoder_layer(attention: ModuleSpec, backend: SpecBackend, mlp: type[nn.Module] | None = None) -> ModuleSpec:

@@ -15,12 +15,12 @@ from torch import nn
 from gptoughts.models.moe import MixtureOfExperts
 from gptoughts.models.router import ExpertRouter
 from gptoughts.models.specs.backends import SpecBackend, select_backend
-from gptoughts.models.specs.dense import decoder_layer
+from gptoughts.models.specs.dense import decoder_layer, grouped_query_attention
 from gptoughts.models.specs.mla import mla_attention
 
 
 def moe_decoder_spec(
-    config: MLATransformerConfig,
+    config: TransformerConfig,
     *,
     first_k_dense_layers: int,
     normalize_gates: bool,
@@ -29,10 +29,10 @@ def moe_decoder_spec(
     vp_stage: int | None = None,
     backend: SpecBackend | None = None,
 ) -> TransformerBlockSubmodules:
-    """This stage's layers with latent attention: dense ones at the bottom of the model, experts above.
+    """This stage's layers: dense ones at the bottom of the model, experts above.
 
     Args:
-        config: megatron-core's configuration.
+        config: megatron-core's configuration, which says what attention there is.
         first_k_dense_layers: How many layers of the whole model are dense.
         normalize_gates: As in :class:`ExpertRouter`.
         bias_update_rate: As in :class:`ExpertRouter`.
@@ -41,7 +41,10 @@ def moe_decoder_spec(
         backend: Unset: what this machine can run.
     """
     backend = backend or select_backend(config.normalization)
-    attention = mla_attention(config, backend, attn_mask_type)
+    if isinstance(config, MLATransformerConfig):
+        attention = mla_attention(config, backend, attn_mask_type)
+    else:
+        attention = grouped_query_attention(config, backend, attn_mask_type)
     experts = expert_mlp_class(backend, normalize_gates=normalize_gates, bias_update_rate=bias_update_rate)
     dense_layer, expert_layer = decoder_layer(attention, backend), decoder_layer(attention, backend, experts)
     offset = get_transformer_layer_offset(config, vp_stage)

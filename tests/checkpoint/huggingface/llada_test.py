@@ -21,7 +21,7 @@ from gptoughts.models.llada.config import LLaDAConfig
 from gptoughts.models.registry import FAMILIES
 from tests.distributed import run_distributed
 from tests.harness import Layout, ToyRun
-from tests.parity.llada_reference import Reference
+from tests.parity.llada_reference import Attention, Reference
 
 ROWS, MASK, LENGTH = 300, 290, 24
 CONFIG: dict[str, Any] = {  # the fields of GSAI-ML/LLaDA-8B-Base's config.json, at toy size
@@ -39,8 +39,8 @@ CONFIG: dict[str, Any] = {  # the fields of GSAI-ML/LLaDA-8B-Base's config.json,
     "vocab_size": ROWS, "weight_tying": False,
 }  # fmt: skip
 BLOCK = {
-    "attn_norm": "attention_norm", "ff_norm": "feed_forward_norm", "q_proj": "q", "k_proj": "k", "v_proj": "v",
-    "attn_out": "out", "ff_proj": "gate", "up_proj": "up", "ff_out": "down",
+    "attn_norm": "attention_norm", "ff_norm": "feed_forward_norm", "q_proj": "attention.q", "k_proj": "attention.k",
+    "v_proj": "attention.v", "attn_out": "attention.out", "ff_proj": "gate", "up_proj": "up", "ff_out": "down",
 }  # fmt: skip
 CASES: dict[str, dict[str, Any]] = {
     "8b": {},
@@ -51,10 +51,11 @@ CASES: dict[str, dict[str, Any]] = {
 
 def reference(config: dict[str, Any]) -> Reference:
     groups = config["n_kv_heads"] or (1 if config["multi_query_attention"] else config["n_heads"])
+    width, heads, base = config["d_model"], config["n_heads"], config["rope_theta"]
+    attentions = [Attention(width, heads, groups, base, config["include_qkv_bias"]) for _ in range(config["n_layers"])]
     return Reference(
-        layers=config["n_layers"], width=config["d_model"], inner=config["mlp_hidden_size"], heads=config["n_heads"],
-        groups=groups, vocabulary=config["embedding_size"], base=config["rope_theta"], epsilon=config["rms_norm_eps"],
-        bias=config["include_qkv_bias"], tied=config["weight_tying"],
+        attentions, width=width, inner=config["mlp_hidden_size"], vocabulary=config["embedding_size"],
+        epsilon=config["rms_norm_eps"], tied=config["weight_tying"],
     )  # fmt: skip
 
 
@@ -64,7 +65,8 @@ def published_names(model: Reference) -> dict[str, str]:
     there = {ours: theirs for theirs, ours in BLOCK.items()}
     for name, _ in model.named_parameters():
         if name.startswith("blocks."):
-            _, number, module, kind = name.split(".")
+            _, number, rest = name.split(".", 2)
+            module, _, kind = rest.rpartition(".")
             names[name] = f"blocks.{number}.{there[module]}.{kind}"
     return {name: f"model.transformer.{names[name]}" for name, _ in model.named_parameters()}
 

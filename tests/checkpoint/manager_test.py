@@ -1,0 +1,82 @@
+"""Saving while training goes on: the same files as a save that waits, and the former checkpoint until then."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from gptoughts.checkpoint import layout
+from gptoughts.errors import CheckpointError
+from tests.distributed import run_distributed
+from tests.harness import Layout, ToyRun
+
+LAYOUT = {"data": 2, "zero": 3}
+
+
+def _records(folder: Path) -> dict[str, str]:
+    return {name: record["xxh3_128"] for name, record in layout.read_manifest(folder)["files"].items()}
+
+
+def _save_both_ways(folder: str) -> dict[str, str]:
+    """Save step 2 at once and again asynchronously, with three steps in between writing and finishing."""
+    run = ToyRun("gpt", Layout(**LAYOUT), Path(folder), steps=8)
+    for _ in run.train(2):
+        pass
+    waited = _records(run.save())
+    former = layout.step_folder(run.manager.run, 2)
+    # Another step's name, so that the former stays; what is compared is the state.
+    pending = run.manager.begin(run.engine, {"step": 3, "is": "of step 2"}, is_asynchronous=True)
+    for _ in run.train(3):
+        assert layout.list_checkpoints(run.manager.run) == [former]
+        reader = run.manager.find("auto")
+        assert reader is not None
+        assert reader.folder == former
+    finished = run.manager.finish(pending)
+    assert pending.is_written
+    assert layout.list_checkpoints(run.manager.run) == [former, finished]
+    now = _records(finished)
+    assert json.loads((finished / layout.TRAIN_STATE).read_text())["is"] == "of step 2"
+    run.close()
+    return {name: now[name] for name in waited if name.startswith("rank_") and now[name] != waited[name]}
+
+
+def test_training_on_does_not_change_what_is_written(tmp_path: Path) -> None:
+    for different in run_distributed(_save_both_ways, 2, str(tmp_path)):
+        assert different == {}
+
+
+def _fail_on_one_rank(folder: str) -> list[str]:
+    run = ToyRun("gpt", Layout(**LAYOUT), Path(folder), steps=8)
+    for _ in run.train(1):
+        pass
+    run.save()
+    for _ in run.train(1):
+        pass
+    partial = layout.partial_folder(layout.step_folder(run.manager.run, 2))
+    pending = run.manager.begin(run.engine, {"step": 2}, is_asynchronous=True)
+    pending._record.exception()
+    if run.data_rank == 1:
+        pending._record._result = None
+        pending._record._exception = OSError(28, "No space left on device")
+    with pytest.raises(CheckpointError) as caught:
+        run.manager.finish(pending)
+    if run.data_rank == 0:  # who removes it
+        assert not partial.exists()
+    reader = run.manager.find("auto")
+    assert reader is not None
+    assert layout.step_of(reader.folder) == 1
+    # A failure leaves nothing in the way of the next save.
+    run.manager.finish(run.manager.begin(run.engine, {"step": 2}, is_asynchronous=True))
+    assert [layout.step_of(found) for found in layout.list_checkpoints(run.manager.run)] == [1, 2]
+    run.close()
+    return caught.value.problems
+
+
+def test_a_rank_that_cannot_write(tmp_path: Path) -> None:
+    for problems in run_distributed(_fail_on_one_rank, 2, str(tmp_path)):
+        assert len(problems) == 1
+        assert "rank 1" in problems[0]
+        assert "No space left" in problems[0]
+        assert "the last good checkpoint is" in problems[0]
