@@ -27,8 +27,10 @@ from gptoughts.models.cross_entropy import cross_entropy
 from gptoughts.models.initialization import Gathered, initialize_parameters, keep_as_is
 from gptoughts.models.multi_token_prediction import MultiTokenPrediction
 from gptoughts.models.rotary import rotary_table
-from gptoughts.objectives.multi_token import shift_left
+from gptoughts.objectives.multi_token import is_without_token, shift_left, shift_positions
 from gptoughts.parallel import groups
+from gptoughts.parallel.shared_embedding import copy_of_embedding
+from gptoughts.platform import device
 
 AnyTensor = TypeVar("AnyTensor", bound=Tensor)
 ConstructionContext = Callable[[], AbstractContextManager[object]]
@@ -82,7 +84,8 @@ class LanguageModel(GPTModel):
             pre_process=pre_process,
             post_process=post_process,
             parallel_output=True,
-            share_embeddings_and_output_weights=share_embeddings_and_output_weights,
+            # Across stages our own way (parallel.shared_embedding): megatron-core's needs two parameters.
+            share_embeddings_and_output_weights=share_embeddings_and_output_weights and pre_process and post_process,
             # Our attention turns its heads by models.rotary's tables, which need no module.
             position_embedding_type="none",
             vp_stage=vp_stage,
@@ -91,6 +94,10 @@ class LanguageModel(GPTModel):
         self.rotary_base = rotary_base
         self.rotary_frequencies = rotary_frequencies
         self.rotary_amplitude = rotary_amplitude
+        self.embedding_copy: Tensor | None = None
+        if share_embeddings_and_output_weights and post_process and not pre_process:
+            self.embedding_copy = _without_parameter(self.output_layer, config.params_dtype)
+        self.shares_embedding = share_embeddings_and_output_weights and pre_process != post_process
         self.mtp_num_layers = mtp_num_layers
         if mtp_num_layers and post_process:
             assert pre_process, "multi-token prediction needs the embedding where the output layer is"
@@ -148,14 +155,19 @@ class LanguageModel(GPTModel):
         losses = [loss]
         for depth, layer in enumerate(self.mtp.layers, start=1):
             embedded = self.embedding(input_ids=shift_left(input_ids, depth), position_ids=None)
-            padding_mask = self._own_positions(_is_without_token(input_ids, is_padding, depth))
+            padding_mask = self._own_positions(is_without_token(input_ids, is_padding, depth))
             hidden_states = layer(hidden_states, embedded, padding_mask=padding_mask, **layer_inputs)
-            selected = None if selected_positions is None else _shifted(selected_positions, depth, labels.size(1))
+            selected = (
+                None if selected_positions is None else shift_positions(selected_positions, depth, labels.size(1))
+            )
             losses.append(self._token_loss(hidden_states, shift_left(labels, depth), selected))
         return torch.stack(losses)
 
     def _tied_weight(self) -> Tensor | None:
-        return self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        """The output layer's matrix where it is not its own."""
+        if self.share_embeddings_and_output_weights:
+            return self.shared_embedding_or_output_weight()
+        return self.embedding_copy
 
     def _token_loss(self, hidden_states: Tensor, labels: Tensor, selected_positions: Tensor | None) -> Tensor:
         """fp32 [b, s] of hidden states [s, b, h]. Collective: tensor-parallel group."""
@@ -183,6 +195,12 @@ class LanguageModel(GPTModel):
         loss = self.compute_language_model_loss(labels.reshape(-1)[None, selected], logits)
         return loss.new_zeros(b * s).index_copy(0, selected, loss.view(-1)).view(b, s)
 
+    def shared_embedding_weight(self) -> Tensor | None:
+        """The embedding matrix of a stage that shares it with another one: the parameter, or its copy."""
+        if not self.shares_embedding:
+            return None
+        return self.embedding.word_embeddings.weight if self.pre_process else self.embedding_copy
+
     def _own_positions(self, is_padding: Tensor | None) -> Tensor | None:
         """This rank's part of [b, s] under sequence parallelism, the whole elsewhere."""
         if is_padding is None or not self.config.sequence_parallel:
@@ -202,16 +220,11 @@ class LanguageModel(GPTModel):
         return table[:, :length] if position_ids is None else table
 
 
-def _is_without_token(input_ids: Tensor, is_padding: Tensor | None, places: int) -> Tensor:
-    """bool [b, s]: padding, and the last positions of a row, which know no token so many places ahead."""
-    found = torch.zeros_like(input_ids, dtype=torch.bool) if is_padding is None else is_padding.clone()
-    found[:, max(found.size(1) - places, 0) :] = True
-    return found
-
-
-def _shifted(selected: Tensor, places: int, length: int) -> Tensor:
-    """Indices into the flattened [b, length], each moved to the left within its row; those that leave it drop out."""
-    return selected[selected % length >= places] - places
+def _without_parameter(layer: Any, dtype: torch.dtype) -> Tensor:
+    """Take a layer's matrix away; returns what is to be handed to it in each forward."""
+    shape = getattr(layer.weight, "ds_shape", layer.weight.shape)
+    layer.register_parameter("weight", None)
+    return copy_of_embedding(shape, dtype, device.current_device())
 
 
 @contextmanager

@@ -32,6 +32,18 @@ def shift_left(values: Tensor, places: int) -> Tensor:
     return shifted
 
 
+def shift_positions(positions: Tensor, places: int, length: int) -> Tensor:
+    """Indices into the flattened [b, length], each moved to the left within its row; those that leave it drop out."""
+    return positions[positions % length >= places] - places
+
+
+def is_without_token(input_ids: Tensor, is_padding: Tensor | None, places: int) -> Tensor:
+    """bool [b, s]: padding, and the last positions of a row, which know no token so many places ahead."""
+    found = torch.zeros_like(input_ids, dtype=torch.bool) if is_padding is None else is_padding.clone()
+    found[:, max(found.size(1) - places, 0) :] = True
+    return found
+
+
 def depth_weights(loss_weights: Tensor, position_ids: Tensor, depth: int) -> Tensor:
     """Weight of each position's loss at a depth: its target's, or 0 where the target is outside of its sequence.
 
