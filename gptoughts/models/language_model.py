@@ -25,9 +25,8 @@ from torch.nn import Parameter
 from gptoughts.config.experiment import ExperimentConfig
 from gptoughts.models.cross_entropy import cross_entropy
 from gptoughts.models.initialization import Gathered, initialize_parameters, keep_as_is
-from gptoughts.models.multi_token_prediction import MultiTokenPrediction
+from gptoughts.models.multi_token_prediction import MultiTokenInputs, MultiTokenPrediction
 from gptoughts.models.rotary import rotary_table
-from gptoughts.objectives.multi_token import is_without_token, shift_left, shift_positions
 from gptoughts.parallel import groups
 from gptoughts.parallel.shared_embedding import copy_of_embedding
 from gptoughts.platform import device
@@ -140,28 +139,18 @@ class LanguageModel(GPTModel):
             "packed_seq_params": packed_seq_params,
         }
         hidden_states = self.decoder(
-            hidden_states=hidden_states, padding_mask=self._own_positions(is_padding), **layer_inputs
+            hidden_states=hidden_states, padding_mask=self.own_positions(is_padding), **layer_inputs
         )
         if not self.post_process:
             return hidden_states
         if labels is None:
             logits, _ = self.output_layer(hidden_states, weight=self._tied_weight())
             return gather_from_tensor_model_parallel_region(logits).transpose(0, 1)
-        loss = self._token_loss(hidden_states, labels, selected_positions)
+        loss = self.token_loss(hidden_states, labels, selected_positions)
         if not self.mtp_num_layers or not self.training:
             return loss
-        # After the main output layer: so the modules that evaluation runs are the first of those that training runs,
-        # and ZeRO-3 keeps the order that it has recorded.
-        losses = [loss]
-        for depth, layer in enumerate(self.mtp.layers, start=1):
-            embedded = self.embedding(input_ids=shift_left(input_ids, depth), position_ids=None)
-            padding_mask = self._own_positions(is_without_token(input_ids, is_padding, depth))
-            hidden_states = layer(hidden_states, embedded, padding_mask=padding_mask, **layer_inputs)
-            selected = (
-                None if selected_positions is None else shift_positions(selected_positions, depth, labels.size(1))
-            )
-            losses.append(self._token_loss(hidden_states, shift_left(labels, depth), selected))
-        return torch.stack(losses)
+        inputs = MultiTokenInputs(input_ids, labels, selected_positions, is_padding)
+        return torch.stack([loss, *self.mtp.losses(self, hidden_states, inputs, layer_inputs)])
 
     def _tied_weight(self) -> Tensor | None:
         """The output layer's matrix where it is not its own."""
@@ -169,7 +158,7 @@ class LanguageModel(GPTModel):
             return self.shared_embedding_or_output_weight()
         return self.embedding_copy
 
-    def _token_loss(self, hidden_states: Tensor, labels: Tensor, selected_positions: Tensor | None) -> Tensor:
+    def token_loss(self, hidden_states: Tensor, labels: Tensor, selected_positions: Tensor | None) -> Tensor:
         """fp32 [b, s] of hidden states [s, b, h]. Collective: tensor-parallel group."""
         if selected_positions is not None:
             return self._selected_loss(hidden_states, labels, selected_positions, self._tied_weight())
@@ -201,7 +190,7 @@ class LanguageModel(GPTModel):
             return None
         return self.embedding.word_embeddings.weight if self.pre_process else self.embedding_copy
 
-    def _own_positions(self, is_padding: Tensor | None) -> Tensor | None:
+    def own_positions(self, is_padding: Tensor | None) -> Tensor | None:
         """This rank's part of [b, s] under sequence parallelism, the whole elsewhere."""
         if is_padding is None or not self.config.sequence_parallel:
             return is_padding

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from gptoughts.models.norms import mark_partial_gradients
+from gptoughts.objectives.multi_token import is_without_token, shift_left, shift_positions
 from gptoughts.platform import device
 
 Norm = Callable[..., nn.Module]
@@ -108,8 +109,17 @@ class MultiTokenPredictionLayer(nn.Module):
         return self.final_layernorm(states)
 
 
+class MultiTokenInputs(NamedTuple):
+    """What the language model was given, each as its forward has it."""
+
+    input_ids: Tensor
+    labels: Tensor
+    selected_positions: Tensor | None
+    is_padding: Tensor | None
+
+
 class MultiTokenPrediction(nn.Module):
-    """All depths, in ``layers``; each is called by the language model, which embeds and has the output layer.
+    """All depths, in ``layers``; the language model lends them its embedding and its output layer.
 
     Args:
         config: megatron-core's configuration.
@@ -127,3 +137,30 @@ class MultiTokenPrediction(nn.Module):
             MultiTokenPredictionLayer(config, layer, norm, number=config.num_layers + depth, vp_stage=vp_stage)
             for depth in range(1, num_depths + 1)
         )
+
+    def losses(
+        self, model: Any, states: Tensor, inputs: MultiTokenInputs, layer_inputs: dict[str, Any]
+    ) -> list[Tensor]:
+        """Loss per token of every depth, fp32 [b, s] nats.
+
+        To be called after the main output layer: so the modules that evaluation runs are the first of those that
+        training runs, and ZeRO-3 keeps the order that it has recorded.
+
+        Args:
+            model: The language model.
+            states: [s, b, h], after its final norm.
+            inputs: What it was given.
+            layer_inputs: What its layers were given (mask, rotary table, packing).
+
+        Collective: tensor-parallel group.
+        """
+        found = []
+        for depth, layer in enumerate(self.layers, start=1):
+            embedded = model.embedding(input_ids=shift_left(inputs.input_ids, depth), position_ids=None)
+            padding_mask = model.own_positions(is_without_token(inputs.input_ids, inputs.is_padding, depth))
+            states = layer(states, embedded, padding_mask=padding_mask, **layer_inputs)
+            selected = inputs.selected_positions
+            if selected is not None:
+                selected = shift_positions(selected, depth, inputs.labels.size(1))
+            found.append(model.token_loss(states, shift_left(inputs.labels, depth), selected))
+        return found
