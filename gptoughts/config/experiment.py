@@ -25,10 +25,14 @@ class ParallelConfig:
     pipeline_layout: str | None = None
     """Layers of each stage, in the order of the model, e.g. 5,3 (with virtual_pipeline: of each chunk, chunk i on stage
     i mod pipeline); unset: equal parts."""
+    expert: int = 1
+    """Data-parallel ranks that share each layer's routed experts (expert parallelism; needs a model with experts)."""
     sequence: bool = False
     """Shard norms and residuals over the tensor-parallel ranks along the sequence (needs tensor > 1)."""
     timeout_seconds: float = 600.0
     """How long a collective may wait before the run fails, in seconds."""
+    heartbeat_seconds: float = 30.0
+    """How long a rank may show no sign of life before the others end and name it, in seconds; 0: nobody watches."""
 
 
 @dataclass(frozen=True)

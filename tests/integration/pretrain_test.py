@@ -191,6 +191,32 @@ def test_a_signal_saves_on_all_ranks_and_leaves_none_behind(corpus: Corpus, tmp_
         assert f"stopped at step {layout.step_of(newest)}" in (process.stdout.read() if process.stdout else "")
 
 
+def test_a_killed_rank_is_named_and_the_run_goes_on_with_those_that_are_left(corpus: Corpus, tmp_path: Path) -> None:
+    arguments = ("--train.steps=1000000", "--deepspeed_config=ds_configs/zero2.json", "--checkpoint.interval_steps=5",
+                 "--checkpoint.asynchronous=true", "--train.global_batch_size=4")  # fmt: skip
+    process = launch(corpus, tmp_path, *arguments)
+    try:
+        wait_for_step(tmp_path, 12)
+        below = psutil.Process(process.pid).children(recursive=True)
+        ranks = [child for child in below if "launchers/pretrain.py" in child.cmdline() and child.children() == []]
+        victim = next(child for child in ranks if child.environ()["RANK"] == "1")
+        victim.kill()
+        wait_until_gone(below, seconds=60)
+        output, _ = process.communicate(timeout=30)
+    finally:
+        process.kill()
+    assert process.returncode != 0
+    assert f"rank 1 (pid {victim.pid} on " in output
+    kept = layout.list_checkpoints(tmp_path)[-1]
+    assert layout.step_of(kept) in (5, 10)  # that of step 10 may have been on its way
+    again = run_program(
+        "launchers/pretrain.py", *TINY, f"--data={corpus.prefix}", f"--output_dir={tmp_path}", *arguments,
+        f"--train.stop_after_steps={layout.step_of(kept) + 1}",
+    )  # fmt: skip
+    assert again.returncode == 0, again.stderr
+    assert f"resumed from {kept}" in again.stdout
+
+
 def test_two_ranks_speak_with_one_voice(corpus: Corpus, tmp_path: Path) -> None:
     process = launch(corpus, tmp_path, "--parallel.tensor=3")
     output, _ = process.communicate(timeout=120)
