@@ -35,6 +35,7 @@ BALANCE = ("--model.moe_aux_loss_coeff=0.1", "--model.moe_z_loss_coeff=0.01")
 CORE = {
     Layout(accumulation=4),
     Layout(data=2, zero=1),
+    Layout(data=2, zero=1, expert=2),
     Layout(tensor=2, sequence=True, data=2, zero=3, accumulation=2),
 }
 """What runs in `make test`."""
@@ -64,7 +65,7 @@ def run_weighted(layout: Layout, folder: str, steps: int) -> list[dict[str, Any]
 
 
 def run_case(layout: Layout, options: tuple[str, ...], folder: Path, steps: int = STEPS) -> Run:
-    layout = dataclasses.replace(layout, extra=options)
+    layout = dataclasses.replace(layout, extra=(*layout.extra, *options))
     histories = run_distributed(run_weighted, layout.world_size, layout, str(folder), steps)
     assert all(history == histories[0] for history in histories), "a step's figures differ between ranks"
     return histories[0], folder / "run"
