@@ -37,18 +37,24 @@ class Layout:
 
     tensor: int = 1
     sequence: bool = False
+    pipeline: int = 1
+    virtual: int = 1
     data: int = 1
     zero: int = 0
     accumulation: int = 1
     precision: str = "fp32"
+    layers: int = 2
     extra: tuple[str, ...] = field(default=())
 
     @property
     def world_size(self) -> int:
-        return self.tensor * self.data
+        return self.tensor * self.pipeline * self.data
 
     def __str__(self) -> str:
-        name = f"tp{self.tensor}{'sp' if self.sequence else ''}-dp{self.data}-zero{self.zero}-acc{self.accumulation}"
+        pipeline = f"-pp{self.pipeline}" if self.pipeline > 1 else ""
+        virtual = f"-vpp{self.virtual}" if self.virtual > 1 else ""
+        name = f"tp{self.tensor}{'sp' if self.sequence else ''}{pipeline}{virtual}-dp{self.data}-zero{self.zero}"
+        name = f"{name}-acc{self.accumulation}"
         return name if self.precision == "fp32" else f"{name}-{self.precision}"
 
 
@@ -66,9 +72,10 @@ def toy_experiment(family: str, layout: Layout, folder: Path, *, steps: int = 20
         *VARIANTS.get(family, (f"--model_type={family}",)), "--size=debug",
         f"--deepspeed_config={config}", f"--output_dir={folder / 'run'}",
         f"--batch_size={batch_size}", f"--train.global_batch_size={SAMPLES_PER_STEP}", f"--block_size={SEQUENCE}",
-        "--model.num_layers=2", "--model.vocab_size=256", f"--train.steps={steps}", "--optim.lr=1e-3",
+        f"--model.num_layers={layout.layers}", "--model.vocab_size=256", f"--train.steps={steps}", "--optim.lr=1e-3",
         "--optim.eps=1e-4", "--optim.warmup_steps=5", f"--parallel.tensor={layout.tensor}",
-        f"--parallel.sequence={str(layout.sequence).lower()}", "--grad_clip=0", *layout.extra,
+        f"--parallel.sequence={str(layout.sequence).lower()}", f"--parallel.pipeline={layout.pipeline}",
+        f"--parallel.virtual_pipeline={layout.virtual}", "--grad_clip=0", *layout.extra,
     ]  # fmt: skip
     return load_experiment(arguments, FAMILIES, world_size=layout.world_size)
 
@@ -129,9 +136,11 @@ class ToyRun:
 
     def resume(self) -> None:
         """Go on from the newest checkpoint of the run's folder."""
+        from gptoughts.models.stages import all_names
+
         reader = self.manager.find("auto")
         assert reader is not None
-        self.step = self.manager.restore(reader, self.engine, list(self.parameters))["step"]
+        self.step = self.manager.restore(reader, self.engine, all_names(list(self.parameters)))["step"]
 
     def close(self) -> None:
         """Give the engine back, so that the next case starts clean."""

@@ -133,9 +133,13 @@ class CheckpointManager:
                     layout.sync_file(partial / name)
                     names.append(name)
         records = records | {name: layout.FileRecord.of(partial / name) for name in names}
-        layout.write_manifest(
-            partial, records, {"step": state["step"], "world_size": dist.get_world_size(), "model": dict(self.identity)}
-        )
+        header = {
+            "step": state["step"],
+            "world_size": dist.get_world_size(),
+            "layout": groups.layout(),
+            "model": dict(self.identity),
+        }
+        layout.write_manifest(partial, records, header)
         layout.publish(folder, keep_last=self.keep_last)
 
     def _on_rank_zero(self, folder: Path, work: Callable[[], object]) -> None:
@@ -225,6 +229,8 @@ class CheckpointManager:
             lambda fragment: reader.fragment(fragment, tensor_rank=tensor_rank, tensor_size=tensor_size),
             state["engine"],
         )
-        if reader.manifest["world_size"] == dist.get_world_size():
+        # Checkpoints of earlier versions do not say their layout.
+        same_world = reader.manifest["world_size"] == dist.get_world_size()
+        if same_world and reader.manifest.get("layout", groups.layout()) == groups.layout():
             random_state.restore(reader.rng(dist.get_rank()))
         return state

@@ -24,7 +24,10 @@ from torch import Tensor
 
 from gptoughts.checkpoint.layout import FileRecord
 
-DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "U8": torch.uint8}
+DTYPES = {
+    "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16,
+    "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
 """safetensors' name of each dtype that is written."""
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _CHUNK_BYTES = 1 << 24

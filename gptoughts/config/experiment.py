@@ -19,7 +19,12 @@ class ParallelConfig:
     tensor: int = 1
     """Ranks that share each layer's matrices (tensor parallelism)."""
     pipeline: int = 1
-    """Pipeline stages; a later version accepts more than one."""
+    """Pipeline stages: ranks that hold consecutive layers and hand their activations on."""
+    virtual_pipeline: int = 1
+    """Chunks of layers per stage (interleaved schedule): idle time shrinks by this factor, communication grows."""
+    pipeline_layout: str | None = None
+    """Layers of each stage, in the order of the model, e.g. 5,3 (with virtual_pipeline: of each chunk, chunk i on stage
+    i mod pipeline); unset: equal parts."""
     sequence: bool = False
     """Shard norms and residuals over the tensor-parallel ranks along the sequence (needs tensor > 1)."""
     timeout_seconds: float = 600.0

@@ -129,6 +129,10 @@ class ModelConfig:
         """Parameters of one layer, its two norms included."""
         return self.attention_parameters() + self.feed_forward_parameters() + 2 * self.hidden_size
 
+    def parameters_of_layer(self, index: int) -> int:
+        """Parameters of the layer with this index, counted from 0 over the whole model."""
+        return self.layer_parameters()
+
     def active_layer_parameters(self) -> int:
         """Parameters of one layer that a token passes; fewer than all where experts are chosen."""
         return self.layer_parameters()

@@ -12,6 +12,7 @@ from gptoughts.config.deepspeed_values import JsonValue
 from gptoughts.config.experiment import ExperimentConfig
 from gptoughts.config.model import ModelConfig
 from gptoughts.config.options import Option, PresetLike
+from gptoughts.config.pipeline import microbatch_problems
 from gptoughts.config.settings import Setting
 from gptoughts.config.validate import resolve_batch, validate
 
@@ -170,7 +171,7 @@ def resolve(
     found, data_parallel_size = validate(config, sources, world_size=world_size)
     problems += found
     config, num_microbatches, found = resolve_batch(config, sources, data_parallel_size)
-    problems += found
+    problems += found or microbatch_problems(config, sources, num_microbatches)
     if problems:
         return None
     return Experiment(

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from gptoughts.config.experiment import ExperimentConfig
 from gptoughts.config.options import LARGEST
+from gptoughts.config.pipeline import pipeline_problems
 
 SEEDS = 2**31
 """Seeds that every generator takes, with room for the offsets that ranks add."""
@@ -38,7 +39,8 @@ def _model_problems(config: ExperimentConfig, sources: Mapping[str, str]) -> lis
 
 
 _AT_LEAST_ONE = (
-    "block_size", "parallel.tensor", "parallel.pipeline", "log.interval_steps", "train.steps",
+    "block_size", "parallel.tensor", "parallel.pipeline", "parallel.virtual_pipeline", "log.interval_steps",
+    "train.steps",
 )  # fmt: skip
 _POSITIVE = ("parallel.timeout_seconds", "optim.lr", "optim.eps")
 _NOT_NEGATIVE = (
@@ -103,10 +105,11 @@ def _parallel_problems(
             problems.append(
                 f"{tensor_is}: {name}={count} is not divisible by {tensor}; allowed: {', '.join(map(str, allowed))}"
             )
-    if pipeline > 1:
+    problems += pipeline_problems(config, sources)
+    if world_size % tensor == 0 and world_size % (tensor * pipeline):
         problems.append(
-            f"parallel.pipeline={pipeline} ({sources['parallel.pipeline']}): pipeline parallelism is not built in this "
-            "version; allowed: 1"
+            f"{tensor_is} x parallel.pipeline={pipeline} ({sources['parallel.pipeline']}): the world size {world_size} "
+            f"is not divisible by {tensor * pipeline}; start a multiple of {tensor * pipeline} ranks"
         )
     if world_size % tensor:
         fitting = [n for n in allowed if world_size % n == 0]
@@ -120,7 +123,7 @@ def _parallel_problems(
             problems.append(f"{sequence_is}: shards over tensor-parallel ranks; needs parallel.tensor of 2 or more")
         elif (config.block_size or 0) % tensor:
             problems.append(f"{sequence_is}: block_size={config.block_size} is not divisible by {tensor_is}")
-    return problems, max(1, world_size // tensor)
+    return problems, max(1, world_size // (tensor * pipeline))
 
 
 def resolve_batch(

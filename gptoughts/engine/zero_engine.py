@@ -18,6 +18,7 @@ from deepspeed.runtime.fp16.loss_scaler import CreateLossScaler
 from deepspeed.runtime.zero.partition_parameters import restore_init_context, shutdown_init_context
 from torch import nn
 
+from gptoughts.engine.module_trace import compare_within_data_parallel_group
 from gptoughts.engine.replicated_optimizer import ReplicatedOptimizer
 from gptoughts.parallel.deepspeed_mpu import DeepSpeedMpu
 from gptoughts.platform.device import local_rank
@@ -72,9 +73,23 @@ class ZeroEngine(DeepSpeedEngine):
         # forward (engine.py:2992) has to be reset before each backward, else one never reaches its epilogue.
         optimizer: Any = self.optimizer
         optimizer.clear_backward_seen_flag()
+        if self.zero_optimization_partition_weights() and optimizer.micro_step_id == 0:
+            self._clear_partitioned_gradients()
         # The schedule scales the loss itself (grad_scale_func); without this engine.py:3205 refuses its backward.
         self._manual_backward_expected = True
         super()._backward_prologue()
+
+    def _clear_partitioned_gradients(self) -> None:
+        """At a step's first backward: ZeRO-3 is to add to zeros all gradients of the step.
+
+        In the first backward it overwrites the gradients of the step before, in the others it adds to them (zero/
+        stage3.py:2024). With interleaved stages each backward reaches one of this rank's chunks, so that the others'
+        first gradients would be added to the former step's.
+        """
+        if len(self.module.chunks) > 1:
+            optimizer: Any = self.optimizer
+            optimizer.grad_partitions_flat_buffer.zero_()
+            optimizer.micro_step_id = 1
 
 
 def build_zero_engine(
@@ -83,6 +98,7 @@ def build_zero_engine(
     """``deepspeed.initialize`` for :class:`ZeroEngine`. Collective: every rank of the world."""
     shutdown_init_context()
     initialize_communication()
+    compare_within_data_parallel_group()
     config = engine_config(deepspeed_json)
     mpu = DeepSpeedMpu()
     engine = ZeroEngine(

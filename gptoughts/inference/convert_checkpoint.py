@@ -1,4 +1,4 @@
-"""``tools/convert_checkpoint.py``: Hugging Face folders to our checkpoints and back."""
+"""``tools/convert_checkpoint.py``: Hugging Face folders to our checkpoints and back; DeepSpeed's to weights."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _DTYPES: dict[str, str | None] = {"stored": None, "fp32": "F32", "bf16": "BF16",
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(prog="convert_checkpoint.py", description="Convert models, exact to the bit.")
-    ways = parser.add_subparsers(dest="way", required=True, metavar="{hf-to-gptoughts,gptoughts-to-hf}")
+    ways = parser.add_subparsers(dest="way", required=True, metavar="WAY")
     to_ours = ways.add_parser("hf-to-gptoughts", help="a Hugging Face folder becomes a run with one checkpoint")
     to_theirs = ways.add_parser("gptoughts-to-hf", help="a run or checkpoint becomes a Hugging Face folder")
     to_ours.add_argument("--input", type=Path, required=True, help="folder with config.json and safetensors")
@@ -32,9 +32,17 @@ def build_parser() -> argparse.ArgumentParser:
     to_theirs.add_argument(
         "--dtype", choices=list(_DTYPES), default="stored", help="dtype of the weights; a trained run stores fp32"
     )
-    for way in (to_ours, to_theirs):
+    to_whole = ways.add_parser("zero-to-whole", help="DeepSpeed's own ZeRO checkpoint becomes whole fp32 weights")
+    to_whole.add_argument(
+        "--input",
+        type=Path,
+        required=True,
+        help="what engine.save_checkpoint was given (its newest tag), or one tag's folder",
+    )
+    for way in (to_ours, to_theirs, to_whole):
         way.add_argument("--output", type=Path, required=True, help="folder to make; must not exist")
         way.add_argument("--max_file_gb", type=float, default=5.0, help="size of one file of weights, 1e9 bytes")
+    for way in (to_ours, to_theirs):
         way.add_argument(
             "--verify", metavar="TEXT", help="compare both models' logits on this text before the output gets its name"
         )
@@ -50,26 +58,40 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     if not arguments.max_file_gb > 0:
         raise ConfigError(f"max_file_gb={arguments.max_file_gb} (command line): must be greater than 0")
-    if arguments.verify == "":
+    if getattr(arguments, "verify", None) == "":
         raise ConfigError("verify='' (command line): is empty; give at least one character")
     from gptoughts.platform.startup import prepare_process
 
     prepare_process()
+    _print_summary(_WAYS[arguments.way](arguments, int(arguments.max_file_gb * 1e9)), arguments.way)
+    return 0
+
+
+def _with_hugging_face(arguments: argparse.Namespace, num_bytes: int) -> Conversion:
     from gptoughts.checkpoint.huggingface.exporting import export_model
     from gptoughts.checkpoint.huggingface.importing import import_model
 
     source, output, text = arguments.input, arguments.output, arguments.verify
-    num_bytes = int(arguments.max_file_gb * 1e9)
     if arguments.way == "hf-to-gptoughts":
         check = _check(text, lambda made: (made, source))
-        made = import_model(
+        return import_model(
             source, output, dequantized=_DTYPES[arguments.dequantize_to] or "", max_file_bytes=num_bytes, check=check
         )
-    else:
-        check = _check(text, lambda made: (source, made))
-        made = export_model(source, output, dtype=_DTYPES[arguments.dtype], max_file_bytes=num_bytes, check=check)
-    _print_summary(made, arguments.way)
-    return 0
+    check = _check(text, lambda made: (source, made))
+    return export_model(source, output, dtype=_DTYPES[arguments.dtype], max_file_bytes=num_bytes, check=check)
+
+
+def _from_zero(arguments: argparse.Namespace, num_bytes: int) -> Conversion:
+    from gptoughts.checkpoint.zero_to_whole import write_whole_weights
+
+    return write_whole_weights(arguments.input, arguments.output, max_file_bytes=num_bytes)
+
+
+_WAYS: dict[str, Callable[[argparse.Namespace, int], Conversion]] = {
+    "hf-to-gptoughts": _with_hugging_face,
+    "gptoughts-to-hf": _with_hugging_face,
+    "zero-to-whole": _from_zero,
+}
 
 
 def _check(text: str | None, sides: Callable[[Path], tuple[Path, Path]]) -> Callable[[Path], None] | None:

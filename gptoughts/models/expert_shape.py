@@ -108,6 +108,10 @@ class ExpertFields(ModelConfig):
         """Parameters of one layer with experts, its two norms included (the router's bias is a buffer)."""
         return self._expert_layer(self.num_moe_experts)
 
+    def parameters_of_layer(self, index: int) -> int:
+        """Parameters of the layer with this index: the first ones are dense."""
+        return self._dense_layer() if index < self.first_k_dense_layers else self.layer_parameters()
+
     def active_layer_parameters(self) -> int:
         """Parameters of a layer with experts that a token passes."""
         return self._expert_layer(self.moe_router_topk)
@@ -121,9 +125,11 @@ class ExpertFields(ModelConfig):
         return self._all_layers(self.moe_router_topk)
 
     def _all_layers(self, experts: int) -> int:
-        dense = self.attention_parameters() + self.feed_forward_parameters() + 2 * self.hidden_size
         with_experts = self.num_layers - self.first_k_dense_layers
-        return self.first_k_dense_layers * dense + with_experts * self._expert_layer(experts)
+        return self.first_k_dense_layers * self._dense_layer() + with_experts * self._expert_layer(experts)
+
+    def _dense_layer(self) -> int:
+        return self.attention_parameters() + self.feed_forward_parameters() + 2 * self.hidden_size
 
     def _expert_layer(self, experts: int) -> int:
         widths = experts * self.moe_ffn_hidden_size + self.moe_shared_expert_intermediate_size

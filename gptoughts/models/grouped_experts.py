@@ -24,6 +24,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import Parameter
 
 from gptoughts.platform import device
+from gptoughts.platform.matrix_product import linear, matmul, weight_gradient
 
 
 class Assignment(NamedTuple):
@@ -87,7 +88,7 @@ def _products(rows: Tensor, weights: Tensor, counts: list[int], *, transposed: b
     out = rows.new_empty(rows.size(0), weights.size(1 if transposed else 2))
     slices = zip(rows.split(counts), weights, out.split(counts), strict=True)
     for part, weight, target in slices:
-        torch.mm(part, weight.t() if transposed else weight, out=target)
+        target.copy_((linear if transposed else matmul)(part, weight))
     return out
 
 
@@ -95,7 +96,7 @@ def _weight_gradients(outputs: Tensor, inputs: Tensor, like: Tensor, counts: lis
     """Per expert outputs^T inputs, [e, ...]; 0 where it has no token."""
     gradient = torch.empty_like(like)
     for out, part, target in zip(outputs.split(counts), inputs.split(counts), gradient, strict=True):
-        torch.mm(out.t(), part, out=target)
+        target.copy_(weight_gradient(out, part))
     return gradient
 
 

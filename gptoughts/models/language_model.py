@@ -24,7 +24,6 @@ from torch.nn import Parameter
 
 from gptoughts.config.experiment import ExperimentConfig
 from gptoughts.models.cross_entropy import cross_entropy
-from gptoughts.models.expert_load import finish_step
 from gptoughts.models.initialization import Gathered, initialize_parameters, keep_as_is
 from gptoughts.models.rotary import rotary_table
 from gptoughts.parallel import groups
@@ -151,16 +150,6 @@ class LanguageModel(GPTModel):
             logits, _ = self.output_layer(rows, weight=weight)
         loss = self.compute_language_model_loss(labels.reshape(-1)[None, selected], logits)
         return loss.new_zeros(b * s).index_copy(0, selected, loss.view(-1)).view(b, s)
-
-    def after_step(self, is_applied: bool) -> dict[str, float]:
-        """What a step leaves to do that no gradient does (biases of routers); returns figures for the log.
-
-        Args:
-            is_applied: False where the optimizer skipped the update.
-
-        Collective: tensor- and data-parallel ranks together, where there are experts.
-        """
-        return finish_step(self, is_applied=is_applied)
 
     def _own_positions(self, is_padding: Tensor | None) -> Tensor | None:
         """This rank's part of [b, s] under sequence parallelism, the whole elsewhere."""

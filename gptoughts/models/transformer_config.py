@@ -11,6 +11,7 @@ from torch import Tensor
 
 from gptoughts.config.experiment import ParallelConfig
 from gptoughts.config.model import ModelConfig
+from gptoughts.config.pipeline import chunk_layers
 from gptoughts.models.expert_shape import ExpertFields
 from gptoughts.models.gpt.config import GPTConfig
 from gptoughts.models.mla.config import MLAConfig
@@ -109,6 +110,7 @@ def _common_fields(model: ModelConfig, parallel: ParallelConfig, params_dtype: t
         "tensor_model_parallel_size": parallel.tensor,
         "pipeline_model_parallel_size": parallel.pipeline,
         "sequence_parallel": parallel.sequence,
+        **_pipeline_fields(model, parallel),
         # jit and CUDA features, chosen where they exist; on a CPU our own kernels stand in their place.
         "bias_dropout_fusion": is_cuda,
         "bias_activation_fusion": is_cuda,
@@ -118,4 +120,23 @@ def _common_fields(model: ModelConfig, parallel: ParallelConfig, params_dtype: t
         "persist_layer_norm": device.is_transformer_engine_usable(),
         "cross_entropy_loss_fusion": False,
         "calculate_per_token_loss": False,
+    }
+
+
+def _pipeline_fields(model: ModelConfig, parallel: ParallelConfig) -> dict[str, Any]:
+    """How the layers are divided, and how stages talk to each other."""
+    if parallel.pipeline == 1:
+        return {}
+    chunks = [["decoder"] * count for count in chunk_layers(model.num_layers, parallel)]
+    chunks[0].insert(0, "embedding")
+    chunks[-1].append("loss")
+    is_interleaved = parallel.virtual_pipeline > 1
+    return {
+        "pipeline_model_parallel_layout": chunks,
+        "virtual_pipeline_model_parallel_size": parallel.virtual_pipeline if is_interleaved else None,
+        # Interleaved, two stages are each other's predecessor and successor at once. In one batch of sends and receives
+        # their activations and gradients would change places (pipeline_parallel/p2p_communication.py:15, 0.16.1); sent
+        # singly they go through two groups (line 54 there). Without interleaving only batches are supported.
+        "overlap_p2p_comm": is_interleaved,
+        "batch_p2p_comm": not is_interleaved,
     }

@@ -54,6 +54,7 @@ def initialize(parallel: ParallelConfig, *, seed: int) -> None:
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
         distributed_timeout_minutes=math.ceil(parallel.timeout_seconds / 60),
         create_gloo_process_groups=device.is_cuda(),
     )
@@ -136,6 +137,27 @@ def tensor_parallel_group() -> dist.ProcessGroup:
     return parallel_state.get_tensor_model_parallel_group()
 
 
+def pipeline_parallel_size() -> int:
+    """Pipeline stages."""
+    from megatron.core import parallel_state
+
+    return int(parallel_state.get_pipeline_model_parallel_world_size())
+
+
+def pipeline_parallel_rank() -> int:
+    """This rank's stage, from 0."""
+    from megatron.core import parallel_state
+
+    return int(parallel_state.get_pipeline_model_parallel_rank())
+
+
+def pipeline_parallel_group() -> dist.ProcessGroup:
+    """The ranks that hold the stages of this rank's copy of the model."""
+    from megatron.core import parallel_state
+
+    return parallel_state.get_pipeline_model_parallel_group()
+
+
 def data_parallel_group() -> dist.ProcessGroup:
     """The ranks that hold the same shard of the model."""
     from megatron.core import parallel_state
@@ -155,6 +177,15 @@ def data_parallel_rank() -> int:
     from megatron.core import parallel_state
 
     return int(parallel_state.get_data_parallel_rank())
+
+
+def layout() -> dict[str, int]:
+    """How the world is divided: size of each axis."""
+    return {
+        "tensor": tensor_parallel_size(),
+        "pipeline": pipeline_parallel_size(),
+        "data": data_parallel_size(),
+    }
 
 
 def rank() -> int:

@@ -12,6 +12,7 @@ import psutil
 import torch
 
 from gptoughts.errors import PlatformError
+from gptoughts.platform import matrix_product
 
 _GIB = 1024**3
 
@@ -152,13 +153,12 @@ def peak_tflops(dtype: torch.dtype, *, size: int | None = None, repeats: int = 3
     edge = size or (8192 if is_cuda() else 2048)
     generator = torch.Generator().manual_seed(0)
     left = torch.randn(edge, edge, generator=generator).to(current_device(), dtype)
-    right = left.t().contiguous()
-    out = left @ right
+    matrix_product.linear(left, left)
     best = float("inf")
     for _ in range(repeats):
         synchronize()
         started = time.perf_counter()
-        torch.mm(left, right, out=out)
+        matrix_product.linear(left, left)
         synchronize()
         best = min(best, time.perf_counter() - started)
     return 2 * edge**3 / best / 1e12

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from gptoughts.errors import PlatformError
+from gptoughts.platform.linear import parallel_linear
 from gptoughts.platform.versions import MCORE_VERSION_RANGE, megatron_core_version, version_tuple
 
 logger = logging.getLogger(__name__)
@@ -31,7 +32,7 @@ class Patch:
     Args:
         target: ``module:attribute.path`` that is replaced.
         make_replacement: Called with the original; returns what stands there afterwards.
-        reason: Why the original cannot work without CUDA.
+        reason: Why the original cannot work, or not at full speed, without CUDA.
         upstream: File and line of megatron-core 0.16.1 where it matters.
         versions: First megatron-core version it applies to, and the first it no longer applies to.
     """
@@ -173,6 +174,7 @@ def _or_empty_tuple(original: Any) -> Any:
 
 _SCHEDULES = "megatron.core.pipeline_parallel.schedules"
 _RANDOM = "megatron.core.tensor_parallel.random"
+_LAYERS = "megatron.core.tensor_parallel.layers"
 
 PATCHES: tuple[Patch, ...] = (
     Patch(
@@ -228,6 +230,18 @@ PATCHES: tuple[Patch, ...] = (
         _or_empty_tuple,
         "without Transformer Engine it is a mock or None, and isinstance raises TypeError",
         "transformer/multi_latent_attention.py:185",
+    ),
+    Patch(
+        f"{_LAYERS}:linear_with_grad_accumulation_and_async_allreduce",
+        _constant(parallel_linear),
+        "fp32 products at half the rate that a processor with AVX-512 has (platform/matrix_product.py)",
+        "tensor_parallel/layers.py:491",
+    ),
+    Patch(
+        f"{_LAYERS}:linear_with_frozen_weight",
+        _constant(parallel_linear),
+        "the same for weights that are not trained",
+        "tensor_parallel/layers.py:340",
     ),
 )
 

@@ -48,6 +48,7 @@ class Validator:
         batch_size: Samples per microbatch.
         data_parallel_rank, data_parallel_size: Which share of the samples is this rank's.
         device: Where microbatches go.
+        microbatches_per_step: How many go through the model together; pipeline stages want one each.
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class Validator:
         data_parallel_rank: int,
         data_parallel_size: int,
         device: torch.device,
+        microbatches_per_step: int = 1,
     ) -> None:
         self._samples = samples
         self._num_samples = len(samples) if num_samples < 0 else min(num_samples, len(samples))
@@ -68,14 +70,19 @@ class Validator:
         self._rank = data_parallel_rank
         self._size = data_parallel_size
         self._device = device
+        self._microbatches_per_step = microbatches_per_step
 
     def run(self, engine: Engine) -> ValidationResult:
         """Evaluate the present weights. Collective: every rank of the world."""
-        per_round = self._batch_size * self._size
+        per_round = self._batch_size * self._size * self._microbatches_per_step
         loss_sum = denominator = num_bytes = 0.0
         for start in range(0, self._num_samples, per_round):
-            inputs = self._microbatch(start + self._rank * self._batch_size)
-            result = engine.eval_step([inputs])
+            first = start + self._rank * self._batch_size
+            microbatches = [
+                self._microbatch(first + number * self._batch_size * self._size)
+                for number in range(self._microbatches_per_step)
+            ]
+            result = engine.eval_step(microbatches)
             loss_sum += result.loss_sum
             denominator += result.denominator
             num_bytes += result.extras[TARGET_BYTES]

@@ -22,6 +22,7 @@ from gptoughts.engine.lr_schedule import build_schedule
 from gptoughts.errors import DataError
 from gptoughts.models.flops import count_parameters
 from gptoughts.models.registry import FAMILIES
+from gptoughts.models.stages import all_names
 from gptoughts.parallel import groups
 from gptoughts.platform import determinism, device
 from gptoughts.platform.extension_locks import clear_stale_locks
@@ -42,6 +43,7 @@ from gptoughts.training.setup import (
     seq_length,
 )
 from gptoughts.training.signals import StopRequests
+from gptoughts.training.summary import describe_ranks, describe_stages
 from gptoughts.training.trainer import Callback, Trainer, TrainState
 
 
@@ -91,7 +93,8 @@ def _run(experiment: Experiment, run_folder: Path, stop: StopRequests, extra_cal
         folder = run_folder / "monitor"
         on_rank_zero(run_folder, lambda: folder.mkdir(exist_ok=True))
         os.environ.setdefault("WANDB_DIR", str(folder.absolute()))
-    engine, objective, names = build_engine(experiment, token_bytes)
+    engine, objective, parameters = build_engine(experiment, token_bytes)
+    names = all_names(list(parameters))
     manager = CheckpointManager(
         run_folder,
         config.checkpoint.keep_last,
@@ -102,7 +105,7 @@ def _run(experiment: Experiment, run_folder: Path, stop: StopRequests, extra_cal
     state = TrainState()
     reader = manager.find(config.resume)
     if reader is not None:
-        saved = manager.restore(reader, engine, list(names))
+        saved = manager.restore(reader, engine, names)
         state = TrainState(**{key: saved[key] for key in state.as_dict()})
         console.print(f"resumed from {reader.folder} (step {state.step})")
         if config.init_from is not None:
@@ -178,8 +181,8 @@ def announcement(experiment: Experiment, corpus: CorpusInfo) -> list[str]:
     return [
         f"{config.model_type} {config.size}: {count.total:,} parameters, {precision(config)}, "
         f"ZeRO stage {experiment.zero_stage}",
-        f"{device.describe()}, {dist.get_world_size()} rank(s): tensor {config.parallel.tensor}, "
-        f"data {experiment.data_parallel_size}",
+        f"{device.describe()}, {dist.get_world_size()} rank(s): {describe_ranks(experiment)}",
+        *describe_stages(experiment),
         f"{experiment.samples_per_step} samples of {seq_length(config)} tokens per step{accumulated}; corpus of "
         f"{corpus.num_train_tokens:,} tokens",
     ]

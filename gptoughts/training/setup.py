@@ -22,9 +22,10 @@ from gptoughts.data.tokenizer import load_tokenizer
 from gptoughts.engine.deepspeed_engine import TrainEngine, construction_context, gathered
 from gptoughts.engine.interface import ForwardOutput
 from gptoughts.errors import ConfigError
+from gptoughts.models.expert_load import finish_step
 from gptoughts.models.flops import flops_per_token
-from gptoughts.models.language_model import global_buffer_names, global_parameter_names
 from gptoughts.models.registry import FAMILIES
+from gptoughts.models.stages import build_stages, stage_buffers, stage_parameters
 from gptoughts.objectives.base import ModelInputs, Objective
 from gptoughts.parallel import groups
 from gptoughts.platform import device
@@ -49,8 +50,8 @@ class ForwardStep:
     objective: Objective
     token_bytes: torch.Tensor
 
-    def __call__(self, chunk: nn.Module, inputs: ModelInputs) -> ForwardOutput:
-        per_token_loss = chunk(
+    def __call__(self, chunk: nn.Module, inputs: ModelInputs) -> ForwardOutput | torch.Tensor:
+        output = chunk(
             inputs.input_ids,
             inputs.position_ids,
             inputs.attention_mask,
@@ -58,7 +59,9 @@ class ForwardStep:
             selected_positions=inputs.selected_positions,
             is_padding=inputs.is_padding,
         )
-        loss_sum = self.objective.reduce(per_token_loss, inputs.loss_weights)
+        if not chunk.post_process:
+            return output
+        loss_sum = self.objective.reduce(output, inputs.loss_weights)
         return ForwardOutput(loss_sum, {TARGET_BYTES: bytes_of(inputs.labels, inputs.is_counted, self.token_bytes)})
 
 
@@ -123,28 +126,30 @@ def build_engine(experiment: Experiment, token_bytes: torch.Tensor) -> tuple[Tra
     """Model, objective and engine of an experiment; the model-parallel groups exist.
 
     Returns:
-        The engine, the objective, and the parameters by global name.
+        The engine, the objective, and this rank's parameters by global name.
     Collective: every rank of the world.
     """
     config = experiment.config
     family = FAMILIES[config.model_type]
     objective = family.load_objective_builder()(config)
     dtype = DTYPES[precision(config)]
-    model = family.load_model_builder()(
+    chunks = build_stages(
+        family.load_model_builder(),
         config,
         params_dtype=dtype,
         construction_context=construction_context(experiment.deepspeed, dtype),
         gathered=gathered,
     )
-    names = global_parameter_names(model)
+    names = stage_parameters(chunks)
     engine = TrainEngine(
-        [model],
+        chunks,
         ForwardStep(objective, token_bytes),
         config.optim,
         experiment.deepspeed,
         parameter_names=names,
-        named_buffers=lambda: global_buffer_names(model),
-        after_step=model.after_step,
+        seq_length=seq_length(config),
+        named_buffers=lambda: stage_buffers(chunks),
+        after_step=lambda is_applied: finish_step(chunks, is_applied=is_applied),
     )
     return engine, objective, names
 
@@ -169,6 +174,7 @@ def build_validation(config: ExperimentConfig, corpus: CorpusInfo, objective: Ob
         data_parallel_rank=groups.data_parallel_rank(),
         data_parallel_size=groups.data_parallel_size(),
         device=device.current_device(),
+        microbatches_per_step=groups.pipeline_parallel_size(),
     )
     return ValidationCallback(validator, config.train.valid_interval_steps)
 

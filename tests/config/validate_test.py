@@ -56,7 +56,6 @@ def test_batch_sizes(flags: str, world_size: int, expected: tuple[int, int, int]
         ("--parallel.tensor 4 --model.num_query_groups 2", 4, "num_query_groups=2 is not divisible by 4; allowed: 1"),
         ("--parallel.tensor 4 --model.ffn_hidden_size 702", 4, "ffn_hidden_size=702 is not divisible by 4"),
         ("--parallel.tensor 0", 1, "parallel.tensor=0 (command line): must be 1 or more"),
-        ("--parallel.pipeline 2", 2, "pipeline parallelism is not built in this version; allowed: 1"),
         ("--parallel.sequence true", 1, "needs parallel.tensor of 2 or more"),
         ("--parallel.sequence true --parallel.tensor 2 --block_size 33", 2, "block_size=33 is not divisible by"),
         ("--model_type mla --model.qk_pos_emb_head_dim 31", 1, "turns pairs; must be even"),

@@ -13,6 +13,7 @@ import transformers
 
 from gptoughts.errors import CheckpointError
 from tests.checkpoint.huggingface.conftest import Publish, publish, tokenizer_folder  # noqa: F401
+from tests.checkpoint.plain_deepspeed import train_and_save
 from tests.distributed import run_distributed
 from tests.harness import Layout, ToyRun
 
@@ -104,3 +105,12 @@ def test_what_no_format_holds_is_refused_with_reasons() -> None:
     assert "qwen3 cannot hold this model: add_qkv_bias=True" in caught.value.problems
     with pytest.raises(CheckpointError, match="its latent norms always have 1e-06"):
         format_for("mla", MLAConfig())
+
+
+def test_whole_weights_from_deepspeeds_own_files(tmp_path: Path) -> None:
+    run_distributed(train_and_save, 2, str(tmp_path / "ds"), 2, "bf16", False)
+    ((said,),) = run_distributed(
+        call, 1, ["convert", "zero-to-whole", f"--input={tmp_path / 'ds'}", f"--output={tmp_path / 'whole'}"]
+    )
+    assert "DeepSpeed ZeRO 2 of 2 ranks" in said
+    assert (tmp_path / "whole" / "model.safetensors").is_file()

@@ -76,11 +76,11 @@ def test_the_bias_moves_after_applied_steps_only_and_stays_fp32() -> None:
     assert bias.dtype is torch.float32
     (router,) = expert_routers(model).values()
     router.tokens_per_expert += torch.tensor([4, 0, 2, 2, 2, 2, 2, 2])
-    assert finish_step(model, is_applied=False)
+    assert finish_step([model], is_applied=False)
     assert not bias.any()
     assert not router.tokens_per_expert.any()
     router.tokens_per_expert += torch.tensor([4, 0, 2, 2, 2, 2, 2, 2])
-    figures = finish_step(model, is_applied=True)
+    figures = finish_step([model], is_applied=True)
     assert bias.tolist() == [-0.25, 0.25, 0, 0, 0, 0, 0, 0]
     assert (figures["layer_1_expert_load_min"], figures["layer_1_expert_load_max"]) == (0.0, 2.0)
 

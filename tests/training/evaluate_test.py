@@ -35,7 +35,9 @@ def samples(count: int) -> list[np.ndarray]:
     return [np.full(SEQUENCE + 1, i % 10, dtype=np.int64) for i in range(count)]
 
 
-def evaluate(count: int, limit: int, batch_size: int, ranks: int) -> tuple[float, Mapping[str, float]]:
+def evaluate(
+    count: int, limit: int, batch_size: int, ranks: int, together: int = 1
+) -> tuple[float, Mapping[str, float]]:
     """Sums over ranks of what each rank's validator hands to the engine."""
     seen: list[list[ModelInputs]] = []
 
@@ -49,16 +51,18 @@ def evaluate(count: int, limit: int, batch_size: int, ranks: int) -> tuple[float
         seen.append([])
         Validator(
             samples(count), limit, objective=CausalLM(), batch_size=batch_size, data_parallel_rank=rank,
-            data_parallel_size=ranks, device=torch.device("cpu"),
+            data_parallel_size=ranks, device=torch.device("cpu"), microbatches_per_step=together,
         ).run(Recorder())  # type: ignore[arg-type]  # fmt: skip
     assert len({len(rounds) for rounds in seen}) == 1, "every rank has to run as many microbatches"
     total = SumOfLabels().eval_step([inputs for rounds in seen for inputs in rounds])
     return total.loss_sum / total.denominator, {"tokens": total.denominator, **total.extras}
 
 
-@pytest.mark.parametrize(("batch_size", "ranks"), [(1, 1), (4, 1), (3, 2), (8, 3)])
-def test_each_sample_counts_once_for_any_layout(batch_size: int, ranks: int) -> None:
-    mean, extras = evaluate(count=7, limit=-1, batch_size=batch_size, ranks=ranks)
+@pytest.mark.parametrize(
+    ("batch_size", "ranks", "together"), [(1, 1, 1), (4, 1, 1), (3, 2, 1), (8, 3, 1), (1, 1, 2), (2, 2, 4)]
+)
+def test_each_sample_counts_once_for_any_layout(batch_size: int, ranks: int, together: int) -> None:
+    mean, extras = evaluate(count=7, limit=-1, batch_size=batch_size, ranks=ranks, together=together)
     assert mean == pytest.approx(np.mean(range(7)))
     assert extras == {"tokens": 7 * SEQUENCE, TARGET_BYTES: SEQUENCE * sum(range(7))}
 

@@ -24,9 +24,9 @@ from gptoughts.checkpoint.huggingface.output import (
     progress,
     refuse_check,
 )
-from gptoughts.checkpoint.huggingface.tensor_files import INDEX_FILE, SINGLE_FILE, plan_files
+from gptoughts.checkpoint.huggingface.tensor_files import write_folder
 from gptoughts.checkpoint.portable import BUFFER, WEIGHT, CheckpointReader
-from gptoughts.checkpoint.safetensors_file import DTYPES, NAMES, TensorHeader, write_file
+from gptoughts.checkpoint.safetensors_file import DTYPES, NAMES, TensorHeader
 from gptoughts.config.cli import from_yaml
 from gptoughts.config.experiment import ExperimentConfig
 from gptoughts.data.tokenizer import load_tokenizer
@@ -73,7 +73,7 @@ def export_model(
     ]
     read = _published_reader(reader, entries, dtype)
     with new_folder(output) as partial, progress("exporting", headers) as written:
-        num_files = _write_published(partial, headers, read, max_file_bytes, written)
+        num_files = write_folder(partial, headers, read, max_file_bytes=max_file_bytes, written=written)
         _finish_published(partial, checkpoint, text | {"dtype": _TORCH_NAMES[headers[0].dtype]} if text else None)
         if check is not None:
             check(partial)
@@ -136,25 +136,6 @@ def _exported_config(
         ends["eos_token_id"] = load_tokenizer(checkpoint / layout.TOKENIZER).eod_id
     start = {"architectures": [chosen.architecture], "model_type": chosen.model_type}
     return Published(chosen, config.model), start | chosen.write(config.model) | ends
-
-
-def _write_published(
-    partial: Path,
-    headers: Sequence[TensorHeader],
-    read: Callable[[str], list[Tensor]],
-    max_file_bytes: int,
-    written: Callable[[int], None],
-) -> int:
-    files = plan_files(headers, max_file_bytes)
-    names = [f"model-{i + 1:05d}-of-{len(files):05d}.safetensors" for i in range(len(files))]
-    names = names if len(files) > 1 else [SINGLE_FILE]
-    for name, part in zip(names, files, strict=True):
-        write_file(partial / name, part, read, metadata={"format": "pt"}, written=written)
-    if len(files) > 1:
-        where = {header.name: name for name, part in zip(names, files, strict=True) for header in part}
-        index = {"metadata": {"total_size": sum(h.num_bytes for h in headers)}, "weight_map": where}
-        (partial / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    return len(files)
 
 
 def _finish_published(partial: Path, checkpoint: Path, config: dict[str, Any] | None) -> None:

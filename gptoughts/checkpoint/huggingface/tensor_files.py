@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from gptoughts.checkpoint.huggingface.fp8 import FP8, SCALE_DTYPES, SCALE_SUFFIX, BlockQuantization
-from gptoughts.checkpoint.safetensors_file import DTYPES, TensorHeader
+from gptoughts.checkpoint.safetensors_file import DTYPES, TensorHeader, write_file
 from gptoughts.errors import CheckpointError
 
 SINGLE_FILE = "model.safetensors"
@@ -105,3 +105,32 @@ def plan_files(headers: Sequence[TensorHeader], max_file_bytes: int) -> list[lis
         files[-1].append(header)
         size += header.num_bytes
     return files
+
+
+def write_folder(
+    folder: Path,
+    headers: Sequence[TensorHeader],
+    read: Callable[[str], Iterable[Tensor]],
+    *,
+    max_file_bytes: int,
+    written: Callable[[int], None],
+) -> int:
+    """Write tensors as a Hugging Face folder has them, with an index where there are several files; returns how many.
+
+    Args:
+        folder: Folder to write in.
+        headers: All tensors, in order.
+        read: As in :func:`write_file`.
+        max_file_bytes: They are divided over files of about this size.
+        written: Told the bytes of each tensor.
+    """
+    files = plan_files(headers, max_file_bytes)
+    names = [f"model-{i + 1:05d}-of-{len(files):05d}.safetensors" for i in range(len(files))]
+    names = names if len(files) > 1 else [SINGLE_FILE]
+    for name, part in zip(names, files, strict=True):
+        write_file(folder / name, part, read, metadata={"format": "pt"}, written=written)
+    if len(files) > 1:
+        where = {header.name: name for name, part in zip(names, files, strict=True) for header in part}
+        index = {"metadata": {"total_size": sum(h.num_bytes for h in headers)}, "weight_map": where}
+        (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    return len(files)

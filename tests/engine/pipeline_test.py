@@ -1,0 +1,113 @@
+"""What stages have to agree on: skipped updates, evaluation, norms of what each has, resuming."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from gptoughts.checkpoint import layout as checkpoint_layout
+from gptoughts.checkpoint.portable import CheckpointReader
+from tests.distributed import run_distributed
+from tests.harness import Layout, ToyRun, step_microbatches
+
+INTERLEAVED = Layout(pipeline=2, virtual=2, zero=3, accumulation=2, layers=4)
+
+
+def _batches(run: ToyRun, step: int) -> list[Any]:
+    return step_microbatches(run.experiment, run.objective, step, run.data_rank)
+
+
+def skip_and_evaluate(layout: Layout, folder: str) -> dict[str, Any]:
+    """A good step, one whose gradients are infinite on the last stage alone, evaluation before and after a good one."""
+    run = ToyRun("gpt", layout, Path(folder))
+    good = run.engine.train_step(_batches(run, 0), lr=1e-3)
+    before = [fragment.tensor.clone() for fragment in run.engine.state_fragments()]
+    is_last = any(chunk.post_process for chunk in run.engine.chunks)
+    hooks = []
+    if is_last:
+        norm = next(p for name, p in run.parameters.items() if name.startswith("decoder.final_layernorm"))
+        hooks.append(norm.register_hook(lambda gradient: torch.full_like(gradient, math.inf)))
+    poisoned = run.engine.train_step(_batches(run, 1), lr=1e-3)
+    for hook in hooks:
+        hook.remove()
+    is_untouched = all(torch.equal(a, b.tensor) for a, b in zip(before, run.engine.state_fragments(), strict=True))
+    evaluated = run.engine.eval_step(_batches(run, 2))
+    again = run.engine.eval_step(_batches(run, 2))
+    trained = run.engine.train_step(_batches(run, 2), lr=1e-3)
+    run.close()
+    return {
+        "applied": (good.applied, poisoned.applied, trained.applied),
+        "poisoned_norm": poisoned.grad_norm,
+        "is_untouched": is_untouched,
+        "losses": (evaluated.loss, again.loss, trained.loss),
+        "extras": (evaluated.extras, trained.extras),
+    }
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        INTERLEAVED,
+        *(pytest.param(Layout(pipeline=2, zero=zero, layers=2), marks=pytest.mark.slow) for zero in range(4)),
+    ],
+    ids=str,
+)
+def test_stages_skip_together_and_evaluation_changes_nothing(layout: Layout, tmp_path: Path) -> None:
+    ranks = run_distributed(skip_and_evaluate, layout.world_size, layout, str(tmp_path))
+    for found in ranks:
+        assert found["applied"] == (True, False, True)
+        assert found["poisoned_norm"] == math.inf
+        assert found["is_untouched"]
+        evaluated, again, trained = found["losses"]
+        assert evaluated == again
+        assert evaluated == pytest.approx(trained, rel=1e-6)
+        assert found["extras"][0] == found["extras"][1]
+        assert found["losses"] == ranks[0]["losses"]
+
+
+def train(layout: Layout, folder: str, steps: int, resumes: bool) -> list[tuple[float, float]]:
+    """(loss, gradient norm) of each step; saves at the end."""
+    run = ToyRun("deepseek", layout, Path(folder))
+    if resumes:
+        run.resume()
+    found = [(result.loss, result.grad_norm) for result in run.train(steps)]
+    run.save()
+    run.close()
+    return found
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (INTERLEAVED, Layout(layers=4)),
+        (Layout(layers=4, data=2, zero=1), Layout(pipeline=2, zero=2, layers=4, accumulation=2)),
+        pytest.param(
+            Layout(pipeline=2, data=2, zero=3, layers=4), Layout(tensor=2, pipeline=2, zero=1, layers=4),
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            Layout(pipeline=4, zero=3, layers=4, accumulation=4), Layout(tensor=2, data=2, zero=3, layers=4),
+            marks=pytest.mark.slow,
+        ),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_run_goes_on_under_another_layout(first: Layout, second: Layout, tmp_path: Path) -> None:
+    expected = run_distributed(train, 1, Layout(layers=4), str(tmp_path / "whole"), 6, False)[0]
+    run_distributed(train, first.world_size, first, str(tmp_path / "moved"), 3, False)
+    for history in run_distributed(train, second.world_size, second, str(tmp_path / "moved"), 3, True):
+        for (loss, norm), (expected_loss, expected_norm) in zip(history, expected[3:], strict=True):
+            assert loss == pytest.approx(expected_loss, rel=1e-4)
+            assert norm == pytest.approx(expected_norm, rel=1e-3)
+    there, here = (
+        CheckpointReader(checkpoint_layout.step_folder(tmp_path / name / "run", 6)) for name in ("whole", "moved")
+    )
+    assert here.names() == there.names()
+    for kind in ("weight", "exp_avg", "exp_avg_sq"):
+        for name in there.names():
+            ours, theirs = here.full(name, kind), there.full(name, kind)
+            assert float((ours - theirs).norm()) <= 1e-4 * float(theirs.norm()), (name, kind)

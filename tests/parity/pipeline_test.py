@@ -1,0 +1,61 @@
+"""Pipeline stages equal the one-rank run: 1F1B and interleaved, uneven, under every ZeRO stage, beside other axes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from gptoughts.models.registry import FAMILIES
+from tests.harness import Layout
+from tests.parity.layouts_test import assert_equal, reference, run_case
+
+UNEVEN = ("--parallel.pipeline_layout=1,3",)
+
+
+def _every_layout() -> list[Layout]:
+    """All with two and four stages on at most four ranks; 8 layers where stages x virtual ones need as many."""
+    found = []
+    for zero in (0, 1, 2, 3):
+        for tensor, sequence, data in ((1, False, 1), (1, False, 2), (2, False, 1), (2, True, 1)):
+            for virtual in (1, 2):
+                for accumulation in (virtual, 4):
+                    found.append(Layout(tensor, sequence, 2, virtual, data, zero, accumulation, layers=4))
+        for virtual in (1, 2):
+            for accumulation in (4, 8):
+                found.append(Layout(1, False, 4, virtual, 1, zero, accumulation, layers=4 * virtual))
+        found.append(Layout(1, False, 2, 1, 2, zero, 4, layers=4, extra=UNEVEN))
+    return found
+
+
+CORE = {
+    ("gpt", Layout(pipeline=2, data=2, zero=3, accumulation=4, layers=4, extra=UNEVEN)),
+    ("gpt", Layout(pipeline=2, virtual=2, data=1, zero=0, accumulation=4, layers=4)),
+    ("mla", Layout(pipeline=4, zero=2, accumulation=4, layers=4)),
+    ("deepseek", Layout(pipeline=2, virtual=2, zero=3, accumulation=2, layers=4)),
+    ("llada", Layout(pipeline=2, zero=1, accumulation=1, layers=4)),
+}
+CASES = [
+    *CORE,
+    *((family, layout) for family in FAMILIES for layout in _every_layout() if (family, layout) not in CORE),
+]
+"""Family and layout; what is not in the core is slow."""
+
+
+@pytest.fixture(scope="module")
+def reference_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("reference")
+
+
+@pytest.mark.parametrize(
+    ("family", "layout"),
+    [
+        pytest.param(*case, id=f"{case[0]}-{case[1]}", marks=() if case in CORE else pytest.mark.slow)
+        for case in sorted(CASES, key=str)
+    ],
+)
+def test_stages_equal_one_rank(family: str, layout: Layout, tmp_path: Path, reference_folder: Path) -> None:
+    found, expected = run_case(family, layout, tmp_path), reference(family, layout.layers, reference_folder)
+    assert_equal(found, expected)
+    # Figures of experts come from all stages; step 1 routes as one rank does.
+    assert found[0][0]["figures"] == pytest.approx(expected[0][0]["figures"])
