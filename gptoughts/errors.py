@@ -22,6 +22,9 @@ class GptoughtsError(Exception):
         is_rank_local: True where only this rank knows of it; every such rank prints, otherwise rank 0 alone.
     """
 
+    status = USER_ERROR_STATUS
+    """Exit status of a program that ends on it."""
+
     def __init__(self, problems: str | Sequence[str], *, is_rank_local: bool = False) -> None:
         self.problems: list[str] = [problems] if isinstance(problems, str) else list(problems)
         self.is_rank_local = is_rank_local
@@ -44,8 +47,17 @@ class DataError(GptoughtsError, RuntimeError):
     """A corpus, tokenizer or indexed file that cannot be used."""
 
 
+class LostRankError(GptoughtsError, RuntimeError):
+    """Another rank is gone; the message names it. The same command goes on from the last checkpoint."""
+
+    status = 1
+
+    def __init__(self, problem: str) -> None:
+        super().__init__(problem, is_rank_local=True)
+
+
 def exit_with(error: GptoughtsError) -> NoReturn:
-    """Print the problems to stderr (one rank only, unless the error is rank-local) and leave with status 2."""
+    """Print the problems to stderr (one rank only, unless the error is rank-local) and leave with its status."""
     rank = int(os.environ.get("RANK", "0"))
     if rank != 0 and not error.is_rank_local:
         # A launcher ends all ranks as soon as one leaves: give rank 0 the time to print.
@@ -54,11 +66,11 @@ def exit_with(error: GptoughtsError) -> NoReturn:
         prefix = f"[rank {rank}] " if error.is_rank_local else ""
         for problem in error.problems:
             print(f"{prefix}{problem}", file=sys.stderr, flush=True)
-    sys.exit(USER_ERROR_STATUS)
+    sys.exit(error.status)
 
 
 def run_main(main: Callable[[], int | None]) -> NoReturn:
-    """Run a program's ``main``; a :class:`GptoughtsError` becomes its message and exit status 2."""
+    """Run a program's ``main``; a :class:`GptoughtsError` becomes its message and exit status (2, unless said)."""
     try:
         status = main()
     except GptoughtsError as error:

@@ -44,6 +44,8 @@ class Layout:
     accumulation: int = 1
     precision: str = "fp32"
     layers: int = 2
+    tied: bool = False
+    """One matrix for embedding and output layer."""
     extra: tuple[str, ...] = field(default=())
 
     @property
@@ -54,7 +56,7 @@ class Layout:
         pipeline = f"-pp{self.pipeline}" if self.pipeline > 1 else ""
         virtual = f"-vpp{self.virtual}" if self.virtual > 1 else ""
         name = f"tp{self.tensor}{'sp' if self.sequence else ''}{pipeline}{virtual}-dp{self.data}-zero{self.zero}"
-        name = f"{name}-acc{self.accumulation}"
+        name = f"{name}-acc{self.accumulation}{'-tied' if self.tied else ''}"
         return name if self.precision == "fp32" else f"{name}-{self.precision}"
 
 
@@ -62,6 +64,7 @@ def toy_experiment(family: str, layout: Layout, folder: Path, *, steps: int = 20
     """A run of a family's or variant's debug preset with two layers, a byte vocabulary and AdamW's eps at 1e-4."""
     folder.mkdir(parents=True, exist_ok=True)
     config = folder / f"ds-{layout}.json"
+    is_untied = str(not layout.tied).lower()
     content = {"zero_optimization": {"stage": layout.zero}, "bf16": {"enabled": layout.precision == "bf16"}}
     # Every rank writes it: no rank may see another's half-written file.
     own = config.with_suffix(f".{os.getpid()}")
@@ -75,7 +78,8 @@ def toy_experiment(family: str, layout: Layout, folder: Path, *, steps: int = 20
         f"--model.num_layers={layout.layers}", "--model.vocab_size=256", f"--train.steps={steps}", "--optim.lr=1e-3",
         "--optim.eps=1e-4", "--optim.warmup_steps=5", f"--parallel.tensor={layout.tensor}",
         f"--parallel.sequence={str(layout.sequence).lower()}", f"--parallel.pipeline={layout.pipeline}",
-        f"--parallel.virtual_pipeline={layout.virtual}", "--grad_clip=0", *layout.extra,
+        f"--parallel.virtual_pipeline={layout.virtual}", f"--model.untie_embeddings_and_output_weights={is_untied}",
+        "--grad_clip=0", *layout.extra,
     ]  # fmt: skip
     return load_experiment(arguments, FAMILIES, world_size=layout.world_size)
 

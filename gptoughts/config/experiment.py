@@ -29,6 +29,8 @@ class ParallelConfig:
     """Shard norms and residuals over the tensor-parallel ranks along the sequence (needs tensor > 1)."""
     timeout_seconds: float = 600.0
     """How long a collective may wait before the run fails, in seconds."""
+    heartbeat_seconds: float = 30.0
+    """How long a rank may show no sign of life before the others end and name it, in seconds; 0: nobody watches."""
 
 
 @dataclass(frozen=True)

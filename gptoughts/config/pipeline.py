@@ -46,12 +46,6 @@ def pipeline_problems(config: ExperimentConfig, sources: Mapping[str, str]) -> l
     virtual_is = f"parallel.virtual_pipeline={parallel.virtual_pipeline} ({sources['parallel.virtual_pipeline']})"
     if min(parallel.pipeline, parallel.virtual_pipeline, num_layers) < 1:
         return []
-    if parallel.pipeline > 1 and not config.model.untie_embeddings_and_output_weights:
-        return [
-            f"{pipeline_is}: model.untie_embeddings_and_output_weights=false "
-            f"({sources['model.untie_embeddings_and_output_weights']}): tied matrices are on different stages, which "
-            "is not built in this version; untie them, or use one stage"
-        ]
     if parallel.pipeline_layout is not None:
         return _layout_problems(parallel, num_layers, sources)
     if parallel.pipeline == 1:

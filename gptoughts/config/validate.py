@@ -45,7 +45,7 @@ _AT_LEAST_ONE = (
 _POSITIVE = ("parallel.timeout_seconds", "optim.lr", "optim.eps")
 _NOT_NEGATIVE = (
     "grad_clip", "data.prefetch_steps", "optim.warmup_steps", "optim.weight_decay", "train.valid_interval_steps",
-    "checkpoint.interval_steps", "checkpoint.keep_last",
+    "checkpoint.interval_steps", "checkpoint.keep_last", "parallel.heartbeat_seconds",
 )  # fmt: skip
 _FRACTIONS = ("optim.min_lr_fraction", "optim.decay_fraction")
 _BELOW_ONE = ("optim.beta1", "optim.beta2")

@@ -46,6 +46,7 @@ from gptoughts.engine.zero_engine import (
     zero_stage,
 )
 from gptoughts.errors import DataError
+from gptoughts.parallel.shared_embedding import SharedEmbedding
 
 
 def construction_context(
@@ -74,6 +75,15 @@ def gathered(parameters: Sequence[nn.Parameter]) -> AbstractContextManager[Any]:
     return deepspeed.zero.GatheredParameters(sharded, modifier_rank=0)
 
 
+def gathered_for_reading(parameters: Sequence[nn.Parameter]) -> AbstractContextManager[Any]:
+    """Whole parameters inside the context, also where ZeRO-3 has sharded them; what is written there is lost.
+
+    Collective: data-parallel group, where the parameters are sharded.
+    """
+    sharded = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
+    return deepspeed.zero.GatheredParameters(sharded, modifier_rank=None) if sharded else nullcontext()
+
+
 class TrainEngine:
     """See :class:`gptoughts.engine.interface.Engine`.
 
@@ -86,6 +96,8 @@ class TrainEngine:
         seq_length: Tokens per sequence, for what pipeline stages exchange.
         named_buffers: What a checkpoint holds beyond parameters.
         after_step: Called after every update, applied or not.
+        shared_embedding_weight: The embedding matrix where two pipeline stages use it: the parameter on the first one,
+            a leaf tensor on the last one (``parallel.shared_embedding``).
     Collective: every rank of the world.
     """
 
@@ -100,6 +112,7 @@ class TrainEngine:
         seq_length: int = 1,
         named_buffers: NamedBuffers = dict,
         after_step: AfterStep | None = None,
+        shared_embedding_weight: Tensor | None = None,
     ) -> None:
         self.chunks: Sequence[nn.Module] = list(chunks)
         self.zero_stage = zero_stage(deepspeed_json)
@@ -112,12 +125,16 @@ class TrainEngine:
         self._data_parallel_size = parallel_state.get_data_parallel_world_size()
         optimizer = build_optimizer(self._parameters, optim, is_offloaded=has_optimizer_offload(deepspeed_json))
         sum_tensor_parallel_gradients(self._parameters.values())
+        self._shared_embedding: SharedEmbedding | None = None
+        if shared_embedding_weight is not None:
+            self._shared_embedding = SharedEmbedding(shared_embedding_weight, gathered_for_reading)
         self.deepspeed = build_zero_engine(ChunkDispatcher(self.chunks), optimizer, deepspeed_json)
         self._proxies = [ChunkProxy(chunk, i, self.deepspeed) for i, chunk in enumerate(self.chunks)]
         for chunk in self.chunks:
             config: Any = chunk.config
             config.grad_scale_func = self._scale_loss if self._is_fp16 else None
         self._state = state.TrainingState(self.deepspeed, self._parameters, named_buffers)
+        self._refresh_shared_embedding()
 
     @property
     def device(self) -> torch.device:
@@ -142,11 +159,16 @@ class TrainEngine:
         denominator, summed_flags = self._sum_denominators(microbatches, flags or {})
         self.deepspeed.train()
         factor = len(microbatches) * self._data_parallel_size / denominator
+        if self._shared_embedding is not None:
+            self._shared_embedding.begin_step(len(microbatches))
         losses = self._run(microbatches, factor, is_forward_only=False)
+        if self._shared_embedding is not None:
+            self._shared_embedding.end_schedule()
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = lr
         self._await_readers()
         self.deepspeed.step()
+        self._refresh_shared_embedding()
         loss_sum, extras = self._sum_losses(losses)
         is_applied = bool(self.deepspeed.was_step_applied())
         return StepResult(
@@ -186,6 +208,7 @@ class TrainEngine:
         """
         self._await_readers()
         self._state.load(read, scalars)
+        self._refresh_shared_embedding()
 
     def before_next_update(self, wait: Callable[[], object]) -> None:
         """Call ``wait`` once, ahead of the next update or load, which change weights and moments. Collective: none."""
@@ -211,6 +234,10 @@ class TrainEngine:
     def _scale_loss(self, loss: Tensor) -> Tensor:
         # engine.scale accepts scalars only, and the schedule also scales losses of shape [1].
         return loss * self.deepspeed.optimizer.loss_scale
+
+    def _refresh_shared_embedding(self) -> None:
+        if self._shared_embedding is not None:
+            self._shared_embedding.refresh()
 
     def _run(self, microbatches: Sequence[Microbatch], factor: float, *, is_forward_only: bool) -> list[Any]:
         def step(chunk: nn.Module, microbatch: Any) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Any]]]:

@@ -27,6 +27,8 @@ from gptoughts.models.cross_entropy import cross_entropy
 from gptoughts.models.initialization import Gathered, initialize_parameters, keep_as_is
 from gptoughts.models.rotary import rotary_table
 from gptoughts.parallel import groups
+from gptoughts.parallel.shared_embedding import copy_of_embedding
+from gptoughts.platform import device
 
 AnyTensor = TypeVar("AnyTensor", bound=Tensor)
 ConstructionContext = Callable[[], AbstractContextManager[object]]
@@ -76,7 +78,8 @@ class LanguageModel(GPTModel):
             pre_process=pre_process,
             post_process=post_process,
             parallel_output=True,
-            share_embeddings_and_output_weights=share_embeddings_and_output_weights,
+            # Across stages our own way (parallel.shared_embedding): megatron-core's needs two parameters.
+            share_embeddings_and_output_weights=share_embeddings_and_output_weights and pre_process and post_process,
             # Our attention turns its heads by models.rotary's tables, which need no module.
             position_embedding_type="none",
             vp_stage=vp_stage,
@@ -85,6 +88,10 @@ class LanguageModel(GPTModel):
         self.rotary_base = rotary_base
         self.rotary_frequencies = rotary_frequencies
         self.rotary_amplitude = rotary_amplitude
+        self.embedding_copy: Tensor | None = None
+        if share_embeddings_and_output_weights and post_process and not pre_process:
+            self.embedding_copy = _without_parameter(self.output_layer, config.params_dtype)
+        self.shares_embedding = share_embeddings_and_output_weights and pre_process != post_process
 
     def forward(  # type: ignore[override]
         self,
@@ -124,7 +131,9 @@ class LanguageModel(GPTModel):
         )
         if not self.post_process:
             return hidden_states
-        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        weight = self.embedding_copy
+        if self.share_embeddings_and_output_weights:
+            weight = self.shared_embedding_or_output_weight()
         if labels is not None and selected_positions is not None:
             return self._selected_loss(hidden_states, labels, selected_positions, weight)
         logits, _ = self.output_layer(hidden_states, weight=weight)
@@ -151,6 +160,12 @@ class LanguageModel(GPTModel):
         loss = self.compute_language_model_loss(labels.reshape(-1)[None, selected], logits)
         return loss.new_zeros(b * s).index_copy(0, selected, loss.view(-1)).view(b, s)
 
+    def shared_embedding_weight(self) -> Tensor | None:
+        """The embedding matrix of a stage that shares it with another one: the parameter, or its copy."""
+        if not self.shares_embedding:
+            return None
+        return self.embedding.word_embeddings.weight if self.pre_process else self.embedding_copy
+
     def _own_positions(self, is_padding: Tensor | None) -> Tensor | None:
         """This rank's part of [b, s] under sequence parallelism, the whole elsewhere."""
         if is_padding is None or not self.config.sequence_parallel:
@@ -168,6 +183,13 @@ class LanguageModel(GPTModel):
             amplitude=self.rotary_amplitude,
         )
         return table[:, :length] if position_ids is None else table
+
+
+def _without_parameter(layer: Any, dtype: torch.dtype) -> Tensor:
+    """Take a layer's matrix away; returns what is to be handed to it in each forward."""
+    shape = getattr(layer.weight, "ds_shape", layer.weight.shape)
+    layer.register_parameter("weight", None)
+    return copy_of_embedding(shape, dtype, device.current_device())
 
 
 @contextmanager

@@ -53,6 +53,12 @@ def stage_buffers(chunks: Sequence[LanguageModel]) -> dict[str, Tensor]:
     return _merged([global_buffer_names(chunk) for chunk in chunks])
 
 
+def shared_embedding_weight(chunks: Sequence[LanguageModel]) -> Tensor | None:
+    """The embedding matrix on this rank where two stages use it (``parallel.shared_embedding``), else None."""
+    found = [weight for chunk in chunks if (weight := chunk.shared_embedding_weight()) is not None]
+    return found[0] if found else None
+
+
 def all_names(names: Sequence[str]) -> list[str]:
     """The names of all stages, from each stage's own. Collective: pipeline-parallel group."""
     everyone: list[Any] = [None] * groups.pipeline_parallel_size()

@@ -198,6 +198,11 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def rendezvous_store() -> dist.Store:
+    """The store through which the ranks found each other."""
+    return dist.distributed_c10d._get_default_store()
+
+
 def rng_tracker_states() -> dict[str, torch.Tensor]:
     """States of megatron-core's tracker by name (part of a bitwise resume); clones."""
     from megatron.core.tensor_parallel.random import get_cuda_rng_tracker

@@ -19,11 +19,12 @@ from gptoughts.config.resolve import Experiment
 from gptoughts.data.corpus import CorpusInfo, inspect_corpus
 from gptoughts.data.tokenizer import with_special_tokens
 from gptoughts.engine.lr_schedule import build_schedule
-from gptoughts.errors import DataError
+from gptoughts.errors import DataError, GptoughtsError
 from gptoughts.models.flops import count_parameters
 from gptoughts.models.registry import FAMILIES
 from gptoughts.models.stages import all_names
 from gptoughts.parallel import groups
+from gptoughts.parallel.heartbeat import Heartbeat, is_communication_error
 from gptoughts.platform import determinism, device
 from gptoughts.platform.extension_locks import clear_stale_locks
 from gptoughts.training.callbacks import ValidationCallback
@@ -72,12 +73,39 @@ def run(
             determinism.enable()
         is_world_ours = not dist.is_initialized()
         groups.initialize(config.parallel, seed=config.seed)
+        heartbeat = Heartbeat(
+            groups.rendezvous_store(),
+            rank=dist.get_rank(),
+            # Who made the world watches over it.
+            world_size=dist.get_world_size() if is_world_ours else 1,
+            timeout_seconds=config.parallel.heartbeat_seconds,
+        )
         try:
-            with open_run(Path(config.output_dir)) as run_folder:
-                return _run(experiment, run_folder, stop, extra_callbacks)
+            with heartbeat, open_run(Path(config.output_dir)) as run_folder:
+                return _run_watched(experiment, run_folder, stop, extra_callbacks, heartbeat)
         finally:
             if is_world_ours:
                 groups.destroy()
+
+
+def _run_watched(
+    experiment: Experiment,
+    run_folder: Path,
+    stop: StopRequests,
+    extra_callbacks: Sequence[Callback],
+    heartbeat: Heartbeat,
+) -> int:
+    try:
+        status = _run(experiment, run_folder, stop, extra_callbacks)
+        # The store lives with rank 0 (or its launcher): nobody leaves while others need it.
+        dist.barrier()
+        return status
+    except GptoughtsError:
+        raise
+    except RuntimeError as error:
+        if is_communication_error(error):
+            heartbeat.raise_if_lost(wait=True)
+        raise
 
 
 def _run(experiment: Experiment, run_folder: Path, stop: StopRequests, extra_callbacks: Sequence[Callback]) -> int:

@@ -25,7 +25,7 @@ from gptoughts.errors import ConfigError
 from gptoughts.models.expert_load import finish_step
 from gptoughts.models.flops import flops_per_token
 from gptoughts.models.registry import FAMILIES
-from gptoughts.models.stages import build_stages, stage_buffers, stage_parameters
+from gptoughts.models.stages import build_stages, shared_embedding_weight, stage_buffers, stage_parameters
 from gptoughts.objectives.base import ModelInputs, Objective
 from gptoughts.parallel import groups
 from gptoughts.platform import device
@@ -150,6 +150,7 @@ def build_engine(experiment: Experiment, token_bytes: torch.Tensor) -> tuple[Tra
         seq_length=seq_length(config),
         named_buffers=lambda: stage_buffers(chunks),
         after_step=lambda is_applied: finish_step(chunks, is_applied=is_applied),
+        shared_embedding_weight=shared_embedding_weight(chunks),
     )
     return engine, objective, names
 

@@ -111,3 +111,37 @@ def test_a_run_goes_on_under_another_layout(first: Layout, second: Layout, tmp_p
         for name in there.names():
             ours, theirs = here.full(name, kind), there.full(name, kind)
             assert float((ours - theirs).norm()) <= 1e-4 * float(theirs.norm()), (name, kind)
+
+
+def tied_weights(layout: Layout, folder: str) -> tuple[bool, list[str]]:
+    """Whether owner and copy are equal to the bit, trained and resumed; and the names in the checkpoint."""
+    from gptoughts.engine.deepspeed_engine import gathered_for_reading
+    from gptoughts.models.stages import shared_embedding_weight
+
+    run = ToyRun("gpt", layout, Path(folder))
+    assert all(result.applied for result in run.train(3))
+    folder_of_step = run.save()
+    seen = []
+    for engine_run in (run, ToyRun("gpt", layout, Path(folder))):
+        if engine_run is not run:
+            engine_run.resume()
+        weight = shared_embedding_weight(engine_run.engine.chunks)
+        assert weight is not None
+        with gathered_for_reading([weight]):
+            seen.append(weight.detach().clone())
+        engine_run.close()
+    everyone = [torch.empty_like(seen[0]) for _ in range(torch.distributed.get_world_size())]
+    found = []
+    for weight in seen:
+        torch.distributed.all_gather(everyone, weight)
+        found += [torch.equal(other, seen[0]) for other in everyone]
+    return all(found), CheckpointReader(folder_of_step).names()
+
+
+@pytest.mark.parametrize("zero", [1, pytest.param(0, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow)])
+def test_tied_matrices_stay_equal_to_the_bit_and_are_saved_once(zero: int, tmp_path: Path) -> None:
+    layout = Layout(pipeline=2, zero=zero, accumulation=2, precision="bf16", tied=True)
+    for are_equal, names in run_distributed(tied_weights, 2, layout, str(tmp_path)):
+        assert are_equal
+        assert "embedding.word_embeddings.weight" in names
+        assert "output_layer.weight" not in names

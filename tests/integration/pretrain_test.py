@@ -54,6 +54,24 @@ def test_metrics_checkpoints_plot_and_config(corpus: Corpus, tmp_path: Path) -> 
     assert (tmp_path / "config.yaml").read_text() == (layout.step_folder(tmp_path, 5) / "config.yaml").read_text()
 
 
+def test_stages_train_validate_and_save_for_one_process(corpus: Corpus, tmp_path: Path) -> None:
+    zero3 = tmp_path / "ds.json"
+    zero3.write_text('{"zero_optimization": {"stage": 3}}')
+    shape = ("--model.num_layers=4", "--train.steps=4", "--train.global_batch_size=8")
+    run = [*TINY, f"--data={corpus.prefix}", f"--output_dir={tmp_path / 'run'}", *shape]
+    stages = ("--parallel.pipeline=2", "--parallel.virtual_pipeline=2", f"--deepspeed_config={zero3}")
+    assert run_distributed(main, 2, [*run, *stages, "--train.stop_after_steps=2"]) == [0, 0]
+    assert run_distributed(main, 1, run) == [0]
+    assert run_distributed(main, 1, [*run, f"--output_dir={tmp_path / 'one'}"]) == [0]
+    moved, whole = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("run", "one"))
+    assert [line["step"] for line in moved] == [1, 2, 3, 4]
+    for ours, theirs in zip(moved, whole, strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
+        assert ours["tokens_per_second"] > 0
+    assert moved[1]["valid_loss"] > 0, "two stages have validated"
+    assert moved[3]["valid_loss"] == pytest.approx(whole[3]["valid_loss"], rel=1e-4)
+
+
 def test_an_interrupted_run_goes_on_as_if_it_had_not_been(corpus: Corpus, tmp_path: Path) -> None:
     pretrain(corpus, tmp_path / "whole", "--train.steps=6")
     # What is saved while training goes on is as good.
@@ -171,6 +189,32 @@ def test_a_signal_saves_on_all_ranks_and_leaves_none_behind(corpus: Corpus, tmp_
     if receiver == "rank":
         assert process.returncode == 0
         assert f"stopped at step {layout.step_of(newest)}" in (process.stdout.read() if process.stdout else "")
+
+
+def test_a_killed_rank_is_named_and_the_run_goes_on_with_those_that_are_left(corpus: Corpus, tmp_path: Path) -> None:
+    arguments = ("--train.steps=1000000", "--deepspeed_config=ds_configs/zero2.json", "--checkpoint.interval_steps=5",
+                 "--checkpoint.asynchronous=true", "--train.global_batch_size=4")  # fmt: skip
+    process = launch(corpus, tmp_path, *arguments)
+    try:
+        wait_for_step(tmp_path, 12)
+        below = psutil.Process(process.pid).children(recursive=True)
+        ranks = [child for child in below if "launchers/pretrain.py" in child.cmdline() and child.children() == []]
+        victim = next(child for child in ranks if child.environ()["RANK"] == "1")
+        victim.kill()
+        wait_until_gone(below, seconds=60)
+        output, _ = process.communicate(timeout=30)
+    finally:
+        process.kill()
+    assert process.returncode != 0
+    assert f"rank 1 (pid {victim.pid} on " in output
+    kept = layout.list_checkpoints(tmp_path)[-1]
+    assert layout.step_of(kept) in (5, 10)  # that of step 10 may have been on its way
+    again = run_program(
+        "launchers/pretrain.py", *TINY, f"--data={corpus.prefix}", f"--output_dir={tmp_path}", *arguments,
+        f"--train.stop_after_steps={layout.step_of(kept) + 1}",
+    )  # fmt: skip
+    assert again.returncode == 0, again.stderr
+    assert f"resumed from {kept}" in again.stdout
 
 
 def test_two_ranks_speak_with_one_voice(corpus: Corpus, tmp_path: Path) -> None:

@@ -64,14 +64,15 @@ CASES = [
 ]
 
 Run = tuple[list[dict[str, Any]], Path]
-_runs: dict[tuple[str, int], Run] = {}
+_runs: dict[tuple[str, Layout], Run] = {}
 
 
-def reference(family: str, layers: int, folder: Path) -> Run:
-    """The one-rank run without sharding, made once."""
-    if (family, layers) not in _runs:
-        _runs[family, layers] = run_case(family, Layout(layers=layers), folder / f"{family}-{layers}")
-    return _runs[family, layers]
+def reference(family: str, layout: Layout, folder: Path) -> Run:
+    """The run of the same model on one rank without sharding, made once."""
+    one_rank = Layout(layers=layout.layers, tied=layout.tied, precision=layout.precision)
+    if (family, one_rank) not in _runs:
+        _runs[family, one_rank] = run_case(family, one_rank, folder / f"{family}-{len(_runs)}")
+    return _runs[family, one_rank]
 
 
 def run_case(family: str, layout: Layout, folder: Path) -> Run:
@@ -102,7 +103,7 @@ def reference_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(("family", "layout"), CASES)
 def test_layout_equals_one_rank(family: str, layout: Layout, tmp_path: Path, reference_folder: Path) -> None:
-    assert_equal(run_case(family, layout, tmp_path), reference(family, layout.layers, reference_folder))
+    assert_equal(run_case(family, layout, tmp_path), reference(family, layout, reference_folder))
 
 
 def assert_equal(run: Run, expected_of: Run) -> None:
