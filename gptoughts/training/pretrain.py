@@ -13,7 +13,6 @@ from gptoughts.config.cli import load_experiment
 from gptoughts.config.experiment import ExperimentConfig
 from gptoughts.config.resolve import Inspection
 from gptoughts.data.corpus import inspect_corpus
-from gptoughts.data.tokenizer import load_tokenizer
 from gptoughts.errors import CheckpointError, ConfigError, DataError
 from gptoughts.models.registry import FAMILIES
 
@@ -28,6 +27,9 @@ def inspect(config: ExperimentConfig) -> Inspection:
             corpus = inspect_corpus(config.data, seq_length=config.block_size or config.model.seq_length)
             vocab_size = corpus.vocab_size
             if corpus.tokenizer is not None and config.model.token_roles():
+                # Not above: --help needs no tokenizer.
+                from gptoughts.data.tokenizer import load_tokenizer
+
                 special_ids = load_tokenizer(corpus.tokenizer).special_ids()
             if vocab_size is None and corpus.max_token_id >= config.model.vocab_size:
                 problems.append(
