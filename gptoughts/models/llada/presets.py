@@ -72,8 +72,7 @@ EXPERT_PRESETS = {size: _with_experts(size, LLADA_PRESETS[size], count) for size
 
 LLADA_PRESETS["llada-8b"] = Preset(
     model=LLaDAConfig(num_layers=32, hidden_size=4096, ffn_hidden_size=12288, num_attention_heads=32,
-                      vocab_size=126464, seq_length=4096, rotary_base=500000, mask_token_id=126336,
-                      eos_token_id=126081, eot_token_id=126348),
+                      vocab_size=126464, seq_length=4096, rotary_base=500000, mask_token_id=126336),
     source="https://huggingface.co/GSAI-ML/LLaDA-8B-Base/blob/main/config.json; learning rate: arXiv:2502.09992, "
     "section 2.2",
     num_parameters=8_015_581_184,
