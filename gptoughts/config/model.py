@@ -15,7 +15,7 @@ class ModelConfig:
     """Fields that every family has. A preset fills all of them; flags and YAML override single ones."""
 
     RUN_ONLY_FIELDS: ClassVar[frozenset[str]] = frozenset(
-        {"attention_dropout", "hidden_dropout", "init_method_std", "seq_length"}
+        {"attention_dropout", "hidden_dropout", "init_method_std", "moe_token_dispatcher_type", "seq_length"}
     )
     """Fields that may change between a checkpoint and its resumption."""
     CHOICES: ClassVar[tuple[str, ...]] = ()
@@ -100,6 +100,14 @@ class ModelConfig:
             "ffn_hidden_size": self.ffn_hidden_size,
             "padded vocab_size": self.padded_vocab_size,
         }
+
+    def expert_parallel_divisors(self) -> dict[str, int]:
+        """What expert parallelism divides: name -> count, a multiple of ``parallel.expert``; empty: no experts."""
+        return {}
+
+    def expert_parallel_parameters(self) -> int:
+        """Parameters that expert parallelism divides."""
+        return 0
 
     def rotary_dim(self) -> int:
         """Size of the part of a head that the rotary embedding turns."""

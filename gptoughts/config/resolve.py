@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from gptoughts.config.deepspeed_json import DeepSpeedJson, for_deepspeed
+from gptoughts.config.deepspeed_json import DeepSpeedJson, expert_parallel_problems, for_deepspeed
 from gptoughts.config.deepspeed_values import JsonValue
 from gptoughts.config.experiment import ExperimentConfig
 from gptoughts.config.model import ModelConfig
@@ -169,7 +169,7 @@ def resolve(
     if not config.model.problems():
         config = replace(config, model=config.model.filled())  # some of it follows from the vocabulary
     found, data_parallel_size = validate(config, sources, world_size=world_size)
-    problems += found
+    problems += found + expert_parallel_problems(layers.json, config)
     config, num_microbatches, found = resolve_batch(config, sources, data_parallel_size)
     problems += found or microbatch_problems(config, sources, num_microbatches)
     if problems:

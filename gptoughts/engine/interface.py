@@ -69,8 +69,9 @@ class StepResult:
 class StateFragment:
     """A contiguous piece of one parameter's training state that this rank owns, under the parameter's global name.
 
-    The piece is ``[start, start + numel)`` of the flattened tensor-parallel shard. Fragments of all ranks cover each
-    shard exactly once (replicas are written by one rank only, ``is_owner``).
+    The piece is ``[start, start + numel)`` of the flattened tensor-parallel shard, which holds the experts of all
+    expert-parallel ranks. Fragments of all ranks cover each shard exactly once (replicas are written by one rank only,
+    ``is_owner``).
     """
 
     name: str
@@ -82,7 +83,7 @@ class StateFragment:
     start: int
     """Offset in the flattened tensor-parallel shard, in elements."""
     shard_shape: tuple[int, ...]
-    """Shape of this rank's tensor-parallel shard."""
+    """Shape of this rank's tensor-parallel shard, all experts included."""
     partition_dim: int | None
     """Tensor dimension that tensor parallelism divides; None where every tensor-parallel rank holds the whole."""
     partition_stride: int

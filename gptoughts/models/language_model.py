@@ -281,6 +281,8 @@ def build_language_model(
         num_layers=model.num_layers,
         tensor_parallel_rank=groups.tensor_parallel_rank(),
         tensor_parallel_size=groups.tensor_parallel_size(),
+        expert_parallel_rank=groups.expert_parallel_rank(),
+        expert_parallel_size=groups.expert_parallel_size(),
         gathered=gathered,
     )
     return language_model

@@ -36,6 +36,19 @@ LAYOUTS = [
     Layout(tensor=2, sequence=True, data=2, zero=3, accumulation=2),
     Layout(tensor=2, data=2, zero=1),
 ]
+ALL_GATHER = ("--model.moe_token_dispatcher_type=allgather",)
+EXPERT_LAYOUTS = [
+    *(Layout(data=2, expert=2, zero=zero) for zero in (0, 1, 2, 3)),
+    *(Layout(data=2, expert=2, zero=zero, extra=ALL_GATHER) for zero in (0, 1, 2, 3)),
+    *(Layout(data=2, expert=2, zero=zero, accumulation=4) for zero in (0, 1, 2, 3)),
+    *(Layout(data=4, expert=2, zero=zero, accumulation=2) for zero in (0, 1, 2, 3)),
+    *(Layout(data=4, expert=4, zero=zero) for zero in (0, 1, 2, 3)),
+    *(Layout(data=4, expert=4, zero=zero, extra=ALL_GATHER) for zero in (0, 3)),
+    *(Layout(tensor=2, data=2, expert=2, zero=zero) for zero in (0, 1, 2, 3)),
+    *(Layout(tensor=2, sequence=True, data=2, expert=2, zero=zero) for zero in (0, 1, 2, 3)),
+    *(Layout(tensor=2, sequence=True, data=2, expert=2, zero=zero, extra=ALL_GATHER) for zero in (1, 3)),
+]
+"""For the families with experts."""
 CORE = {
     Layout(zero=3),
     Layout(accumulation=4),
@@ -52,6 +65,17 @@ CORE_OF_VARIANTS = {
     "llada-moe": {Layout(tensor=2, sequence=True, zero=3)},
 }
 BASE_FAMILIES = ("gpt", "mla")
+EXPERT_CORE = {
+    "deepseek": {
+        Layout(data=2, expert=2, zero=0, extra=ALL_GATHER),
+        Layout(data=2, expert=2, zero=1),
+        Layout(data=2, expert=2, zero=3, accumulation=4),
+        Layout(tensor=2, sequence=True, data=2, expert=2, zero=2),
+    },
+    "llada-moe": {Layout(data=2, expert=2, zero=3)},
+    "llada-mla-moe": set(),
+}
+"""Families and variants with experts, and which of :data:`EXPERT_LAYOUTS` they run in `make test`."""
 CASES = [
     pytest.param(
         family,
@@ -61,6 +85,15 @@ CASES = [
     )
     for family, core in [*((name, CORE) for name in FAMILIES), *((v, CORE_OF_VARIANTS.get(v, set())) for v in VARIANTS)]
     for layout in LAYOUTS
+] + [
+    pytest.param(
+        family,
+        layout,
+        id=f"{family}-{layout}{'-allgather' if layout.extra else ''}",
+        marks=() if layout in core else pytest.mark.slow,
+    )
+    for family, core in EXPERT_CORE.items()
+    for layout in EXPERT_LAYOUTS
 ]
 
 Run = tuple[list[dict[str, Any]], Path]
