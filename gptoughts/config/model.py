@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 VOCABULARY_MULTIPLE = 128
 
@@ -67,6 +67,15 @@ class ModelConfig:
     def special_tokens(self) -> dict[str, int]:
         """Special tokens that the model has to have, whether or not the corpus's tokenizer knows them: name -> id."""
         return {}
+
+    def token_roles(self) -> dict[str, int | None]:
+        """Special tokens that the model knows by a field ``ROLE_token_id``: role -> id (None: not known yet)."""
+        return {}
+
+    @classmethod
+    def adopted(cls, other: ModelConfig) -> dict[str, Any] | None:
+        """Fields with which a model of this family can start from weights of another family's shape; None: never."""
+        return None
 
     def output_layer_fraction(self) -> float:
         """Fraction of a training row's positions that need the output layer, in expectation."""

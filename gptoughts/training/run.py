@@ -139,7 +139,7 @@ def _run(experiment: Experiment, run_folder: Path, stop: StopRequests, extra_cal
         if config.init_from is not None:
             console.print(f"init_from {config.init_from} is not read again: this run has a checkpoint of its own")
     elif config.init_from is not None:
-        source = load_initial_weights(Path(config.init_from), engine, names)
+        source = load_initial_weights(Path(config.init_from), engine, names, config.model)
         console.print(f"starts from the weights of {source}, at step 0 with a fresh optimizer")
 
     def claim() -> None:
@@ -188,8 +188,9 @@ def carried_tokenizer(config: ExperimentConfig, corpus: CorpusInfo, run: Path) -
     found: list[Path | list[str] | None] = [None]
     if dist.get_rank() == 0:
         try:
+            roles = {role: token_id for role, token_id in config.model.token_roles().items() if token_id is not None}
             tokens = config.model.special_tokens()
-            found = [with_special_tokens(corpus.tokenizer, tokens, run / "tokenizer")]
+            found = [with_special_tokens(corpus.tokenizer, tokens, run / "tokenizer", roles)]
         except DataError as error:
             found = [error.problems]
         except OSError as error:
