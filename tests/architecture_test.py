@@ -6,7 +6,6 @@ import ast
 import re
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -221,21 +220,16 @@ print(status or 0, *sorted({heavy!r} & set(sys.modules)), file=sys.stderr)
 
 
 @pytest.mark.parametrize(
-    ("arguments", "seconds"),
-    [(["--help"], 1.0), (["--dry_run"], 2.0), (["--dry_run", "--model_type", "mla", "--size", "xl",
-                                               "--deepspeed_config", "ds_configs/zero3.json"], 2.0)],
+    "arguments",
+    [["--help"], ["--dry_run"], ["--dry_run", "--model_type", "mla", "--size", "xl", "--deepspeed_config",
+                                 "ds_configs/zero3.json"]],
+    ids=" ".join,
 )  # fmt: skip
-def test_help_and_dry_run_are_fast_and_load_no_heavy_library(
-    arguments: list[str], seconds: float, tmp_path: Path
-) -> None:
+def test_help_and_dry_run_load_no_heavy_library(arguments: list[str], tmp_path: Path) -> None:
+    """Seconds of imports would be waited for; ``benchmarks.startup`` takes the time."""
     arguments = [*arguments, *(["--output_dir", str(tmp_path / "run")] if "--dry_run" in arguments else [])]
     code = _RUN.format(arguments=arguments, heavy=HEAVY)
-    best = float("inf")
-    for _ in range(3):  # the machine may be busy; what counts is what the program can do
-        start = time.perf_counter()
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
-        best = min(best, time.perf_counter() - start)
-        assert done.stderr.split() == ["0"], done.stderr
-        assert done.stdout
-    assert best < seconds
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stderr.split() == ["0"], done.stderr
+    assert done.stdout
     assert not (tmp_path / "run").exists()

@@ -250,20 +250,18 @@ def test_help_shows_units_and_the_presets_defaults(capsys: pytest.CaptureFixture
         assert part in text
 
 
-def test_help_is_fast_and_loads_no_heavy_library() -> None:
+def test_help_loads_no_heavy_library() -> None:
     code = (
-        "import sys, time; start = time.perf_counter()\n"
+        "import sys\n"
         "from gptoughts.config.cli import load_experiment\n"
         "from gptoughts.models.registry import FAMILIES\n"
         "try: load_experiment(['--help'], FAMILIES, world_size=1)\n"
         "except SystemExit: pass\n"
         "heavy = {'torch', 'megatron', 'deepspeed', 'transformers', 'numpy'} & set(sys.modules)\n"
-        "print(time.perf_counter() - start, sorted(heavy), file=sys.stderr)"
+        "print(sorted(heavy), file=sys.stderr)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    seconds, heavy = done.stderr.strip().split(" ", 1)
-    assert heavy == "[]"
-    assert float(seconds) < 1.0
+    assert done.stderr.strip() == "[]"
 
 
 def test_nonsense_always_ends_in_a_message(tmp_path: Path) -> None:

@@ -63,9 +63,8 @@ def test_a_rank_notices_that_its_launcher_is_gone() -> None:
     assert process.stdout.readline() == "ready\n"
     process.kill()
     process.wait()
-    started = time.monotonic()
-    assert process.stdout.read() == ""  # returns when the orphan has closed its end, that is, has ended
-    assert time.monotonic() - started < 30
+    # Returns when the orphan has closed its end, that is, has ended; the time only keeps a failure from hanging.
+    assert process.communicate(timeout=120) == ("", None)
 
 
 def test_a_launcher_that_went_while_libraries_were_loading_is_missed() -> None:
