@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from gptoughts.config.experiment import ExperimentConfig
 from gptoughts.config.model import ModelConfig
+
+_DOTTED = re.compile(r"\w+(\.\w+)*:\w+")
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,23 @@ class Family:
     def holds(self, model: ModelConfig) -> bool:
         """Whether a shape is of this family, in any variant."""
         return any(isinstance(model, one.config_class) for one in (self, *self.variants))
+
+    def problems(self) -> list[str]:
+        """What contradicts itself in this entry, one line each; imports nothing."""
+        found = [
+            f"{self.name}: {dotted!r} is no path package.module:function"
+            for dotted in (self.model_builder, self.objective)
+            if not _DOTTED.fullmatch(dotted)
+        ]
+        for one in (self, *self.variants):
+            for size, preset in one.presets.items():
+                if type(preset.model) is not one.config_class:
+                    kind, wanted = type(preset.model).__name__, one.config_class.__name__
+                    found.append(f"{self.name}: preset {size!r} is a {kind}, not a {wanted}")
+                found += [f"{self.name}: preset {size!r}: {problem}" for problem in preset.model.problems()]
+            if ExperimentConfig.size not in one.presets:
+                found.append(f"{self.name}: {one.config_class.__name__} has no preset {ExperimentConfig.size!r}")
+        return found
 
     def load_model_builder(self) -> Any:
         """Import and return the builder (torch and megatron-core load here)."""

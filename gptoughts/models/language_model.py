@@ -6,8 +6,8 @@ Legend: s sequence, b microbatch, h hidden, v vocabulary on this rank.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from gptoughts.config.experiment import ExperimentConfig
+from gptoughts.models.construction import ConstructionContext
 from gptoughts.models.cross_entropy import cross_entropy
 from gptoughts.models.initialization import Gathered, initialize_parameters, keep_as_is
 from gptoughts.models.multi_token_prediction import MultiTokenInputs, MultiTokenPrediction
@@ -32,7 +33,6 @@ from gptoughts.parallel.shared_embedding import copy_of_embedding
 from gptoughts.platform import device
 
 AnyTensor = TypeVar("AnyTensor", bound=Tensor)
-ConstructionContext = Callable[[], AbstractContextManager[object]]
 
 _LAYER = re.compile(r"(?<=decoder\.layers\.)\d+(?=\.)")
 
@@ -316,7 +316,6 @@ def build_language_model(
 
 
 __all__ = [
-    "ConstructionContext",
     "LanguageModel",
     "build_language_model",
     "global_buffer_names",

@@ -23,15 +23,25 @@ def leave_uninitialized(weight: Tensor) -> None:
     """The init method that megatron-core gets: ``models.initialization`` writes values once the model stands."""
 
 
-def transformer_config(model: ModelConfig, parallel: ParallelConfig, *, params_dtype: torch.dtype) -> TransformerConfig:
-    """megatron-core's configuration of any shape; an ``MLATransformerConfig`` where the attention is latent."""
+def transformer_config(
+    model: ModelConfig, parallel: ParallelConfig, *, params_dtype: torch.dtype, **family_fields: Any
+) -> TransformerConfig:
+    """megatron-core's configuration of any shape; an ``MLATransformerConfig`` where the attention is latent.
+
+    Args:
+        model: The shape.
+        parallel: The layout.
+        params_dtype: Dtype of the parameters.
+        family_fields: Fields of megatron-core's configuration that a family sets by itself; they win.
+    """
     fields = _common_fields(model, parallel, params_dtype)
     if isinstance(model, ExpertFields):
         fields |= _expert_fields(model)
     if isinstance(model, MLAConfig):
-        return MLATransformerConfig(**fields, **_latent_fields(model))
-    assert isinstance(model, GPTConfig), f"{type(model).__name__}: no attention that is known here"
-    return TransformerConfig(**fields, **_grouped_query_fields(model))
+        return MLATransformerConfig(**fields | _latent_fields(model) | family_fields)
+    if isinstance(model, GPTConfig):
+        fields |= _grouped_query_fields(model)
+    return TransformerConfig(**fields | family_fields)
 
 
 def _grouped_query_fields(model: GPTConfig) -> dict[str, Any]:

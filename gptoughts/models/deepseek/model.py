@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from typing import Unpack
 
 import torch
 from megatron.core.transformer.enums import AttnMaskType
 
 from gptoughts.config.experiment import ExperimentConfig
+from gptoughts.models.construction import Construction
 from gptoughts.models.expert_load import expert_routers
 from gptoughts.models.expert_shape import ExpertFields
-from gptoughts.models.initialization import Gathered, keep_as_is
-from gptoughts.models.language_model import ConstructionContext, LanguageModel, build_language_model
+from gptoughts.models.language_model import LanguageModel, build_language_model
 from gptoughts.models.specs.moe import moe_decoder_spec
 from gptoughts.models.transformer_config import transformer_config
 
@@ -20,24 +20,18 @@ def build_model(
     config: ExperimentConfig,
     *,
     params_dtype: torch.dtype,
-    pre_process: bool = True,
-    post_process: bool = True,
     vp_stage: int | None = None,
     attn_mask_type: AttnMaskType = AttnMaskType.causal,
-    construction_context: ConstructionContext = nullcontext,
-    gathered: Gathered = keep_as_is,
+    **construction: Unpack[Construction],
 ) -> LanguageModel:
-    """The model on this rank, with its initial weights; arguments as in ``build_language_model``.
+    """The model on this rank, with its initial weights.
 
     Args:
         config: The run; ``config.model`` has :class:`ExpertFields` and any attention.
         params_dtype: Dtype of the parameters.
-        pre_process: This stage embeds tokens.
-        post_process: This stage makes logits.
         vp_stage: Virtual pipeline stage.
         attn_mask_type: ``causal``, or ``no_mask`` for bidirectional attention.
-        construction_context: Entered around construction.
-        gathered: Entered around each write of initial values.
+        construction: As ``build_language_model`` takes it.
 
     Collective: tensor-parallel group; the data-parallel group under ZeRO-3.
     """
@@ -57,11 +51,8 @@ def build_model(
         upstream_config,
         block_spec,
         mtp_num_layers=model.mtp_depths(),
-        pre_process=pre_process,
-        post_process=post_process,
         vp_stage=vp_stage,
-        construction_context=construction_context,
-        gathered=gathered,
+        **construction,
     )
     for router in expert_routers(language_model).values():
         router.reset_buffers()

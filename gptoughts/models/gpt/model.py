@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from typing import Unpack
 
 import torch
 from megatron.core.transformer.enums import AttnMaskType
 
 from gptoughts.config.experiment import ExperimentConfig
+from gptoughts.models.construction import Construction
 from gptoughts.models.gpt.config import GPTConfig
-from gptoughts.models.initialization import Gathered, keep_as_is
-from gptoughts.models.language_model import ConstructionContext, LanguageModel, build_language_model
+from gptoughts.models.language_model import LanguageModel, build_language_model
 from gptoughts.models.specs.dense import dense_decoder_spec
 from gptoughts.models.transformer_config import transformer_config
 
@@ -19,24 +19,18 @@ def build_model(
     config: ExperimentConfig,
     *,
     params_dtype: torch.dtype,
-    pre_process: bool = True,
-    post_process: bool = True,
     vp_stage: int | None = None,
     attn_mask_type: AttnMaskType = AttnMaskType.causal,
-    construction_context: ConstructionContext = nullcontext,
-    gathered: Gathered = keep_as_is,
+    **construction: Unpack[Construction],
 ) -> LanguageModel:
-    """The model on this rank, with its initial weights; arguments as in ``build_language_model``.
+    """The model on this rank, with its initial weights.
 
     Args:
         config: The run; ``config.model`` is a :class:`GPTConfig`.
         params_dtype: Dtype of the parameters.
-        pre_process: This stage embeds tokens.
-        post_process: This stage makes logits.
         vp_stage: Virtual pipeline stage.
         attn_mask_type: ``causal``, or ``no_mask`` for bidirectional attention.
-        construction_context: Entered around construction.
-        gathered: Entered around each write of initial values.
+        construction: As ``build_language_model`` takes it.
 
     Collective: tensor-parallel group; the data-parallel group under ZeRO-3.
     """
@@ -47,9 +41,6 @@ def build_model(
         config,
         upstream_config,
         dense_decoder_spec(upstream_config, attn_mask_type=attn_mask_type, vp_stage=vp_stage),
-        pre_process=pre_process,
-        post_process=post_process,
         vp_stage=vp_stage,
-        construction_context=construction_context,
-        gathered=gathered,
+        **construction,
     )

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from typing import Unpack
 
 import torch
 from megatron.core.transformer.enums import AttnMaskType
 
 from gptoughts.config.experiment import ExperimentConfig
+from gptoughts.models.construction import Construction
 from gptoughts.models.deepseek.model import build_model as build_expert_decoder
 from gptoughts.models.expert_shape import ExpertFields
 from gptoughts.models.gpt.model import build_model as build_dense_decoder
-from gptoughts.models.initialization import Gathered, keep_as_is
-from gptoughts.models.language_model import ConstructionContext, LanguageModel
+from gptoughts.models.language_model import LanguageModel
 from gptoughts.models.llada.config import DiffusionFields
 from gptoughts.models.mla.config import MLAConfig
 from gptoughts.models.mla.model import build_model as build_latent_decoder
@@ -23,13 +23,16 @@ def build_model(
     config: ExperimentConfig,
     *,
     params_dtype: torch.dtype,
-    pre_process: bool = True,
-    post_process: bool = True,
     vp_stage: int | None = None,
-    construction_context: ConstructionContext = nullcontext,
-    gathered: Gathered = keep_as_is,
+    **construction: Unpack[Construction],
 ) -> LanguageModel:
-    """The model on this rank, with its initial weights; arguments as in ``build_language_model``.
+    """The model on this rank, with its initial weights.
+
+    Args:
+        config: The run; ``config.model`` has :class:`DiffusionFields` and any block.
+        params_dtype: Dtype of the parameters.
+        vp_stage: Virtual pipeline stage.
+        construction: As ``build_language_model`` takes it.
 
     Collective: tensor-parallel group; the data-parallel group under ZeRO-3.
     """
@@ -41,12 +44,9 @@ def build_model(
     return build_decoder(
         config,
         params_dtype=params_dtype,
-        pre_process=pre_process,
-        post_process=post_process,
         vp_stage=vp_stage,
         attn_mask_type=AttnMaskType.no_mask,
-        construction_context=construction_context,
-        gathered=gathered,
+        **construction,
     )
 
 

@@ -8,7 +8,7 @@ from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
-from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -84,15 +84,19 @@ def decoder_block(
     return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=backend.norm)
 
 
-def dense_mlp_class(backend: SpecBackend) -> type[nn.Module]:
-    """The SwiGLU half, as a class that every supported megatron-core constructs without asking what it is.
+def dense_mlp_class(backend: SpecBackend, mlp: type[MLP] | None = None) -> type[nn.Module]:
+    """The feed-forward half as a class that every supported megatron-core constructs without asking what it is.
 
     0.16 hands a layer's MLP the configuration alone (transformer/transformer_layer.py:370, 0.16.1) and logs a warning
     for specs of classes that it does not know; 0.19 hands over groups and names (transformer_layer.py:433, 0.19.2).
+
+    Args:
+        backend: Its linears are used.
+        mlp: What it is; unset: the backend's SwiGLU.
     """
     submodules = MLPSubmodules(linear_fc1=backend.column_parallel_linear, linear_fc2=backend.row_parallel_linear)
 
-    class DenseMLP(backend.mlp):  # type: ignore[misc,name-defined]
+    class DenseMLP(mlp or backend.mlp):  # type: ignore[misc]
         def __init__(
             self, config: TransformerConfig, pg_collection: Any = None, is_mtp_layer: bool = False, name: Any = None
         ) -> None:
