@@ -111,6 +111,9 @@ def run_distributed(fn: Callable[..., Any], world_size: int, *args: Any) -> list
     ``fn`` is a module-level function; arguments and results are pickled. A failure on any rank raises
     :class:`WorkerError` here and replaces the pool, so that the next case starts clean.
     """
+    pool = _POOLS.get(world_size)
+    if pool is not None and not all(process.is_alive() for process in pool.processes):
+        pool.close()  # a worker died between two cases
     if world_size not in _POOLS:
         _POOLS[world_size] = WorkerPool(world_size)
     return _POOLS[world_size].run(fn, *args)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -12,6 +13,9 @@ from gptoughts.config.experiment import ExperimentConfig
 from gptoughts.config.model import ModelConfig
 from gptoughts.models.family import Family
 from gptoughts.models.registry import FAMILIES
+from tests.golden import curve
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=lambda f: f.name)
@@ -24,6 +28,15 @@ def test_an_entry_is_whole(family: Family) -> None:
         assert separator
         assert name
         assert importlib.util.find_spec(module) is not None, f"{family.name}: there is no {module}"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_family_has_its_page_its_rows_and_its_curve(family: str) -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"\n| `{family}` | " in readme, "the table of what there is"
+    assert f"\n| [docs/{family}.md](docs/{family}.md) | " in readme, "the table of pages"
+    assert f"`--model_type {family}`" in (ROOT / "docs" / f"{family}.md").read_text(encoding="utf-8")
+    assert curve.golden_file(family).is_file(), f"python tools/update_golden.py {family}"
 
 
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=lambda f: f.name)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Literal, Self
 
 from gptoughts.config.model import VOCABULARY_MULTIPLE, ModelConfig
+from gptoughts.models.deepseek.config import DeepSeekConfig
 from gptoughts.models.expert_shape import ExpertFields
 from gptoughts.models.gpt.config import GPTConfig
 from gptoughts.models.mla.config import MLAConfig
@@ -84,8 +85,8 @@ class DiffusionFields(ModelConfig):
     @classmethod
     def adopted(cls, other: ModelConfig) -> dict[str, Any] | None:
         """The same block without its causal mask, and its head's alignment: outputs stay those of the next token."""
-        if isinstance(other, DiffusionFields) or not isinstance(other, GPTConfig | MLAConfig):
-            return None
+        if type(other) not in (GPTConfig, MLAConfig, DeepSeekConfig):
+            return None  # a class derived from these may be another block
         is_latent = isinstance(other, MLAConfig)
         choices = {
             "attention": "mla" if is_latent else "mha",
