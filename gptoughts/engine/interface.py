@@ -26,6 +26,9 @@ class ForwardOutput:
     """fp32 scalar with gradient: sum of weighted token losses, nats."""
     extras: Mapping[str, Tensor] = field(default_factory=dict)
     """Detached fp32 scalars to be summed over microbatches and data-parallel ranks for the log."""
+    auxiliary_sum: Tensor | None = None
+    """fp32 scalar with gradient that is learned from together with ``loss_sum``, over the same denominator, and is no
+    part of the loss that is reported."""
 
 
 ForwardStep = Callable[[nn.Module, Any], ForwardOutput | Tensor]

@@ -19,11 +19,15 @@ class ParameterCount:
     """Parameters of one model, the vocabulary's padding included."""
 
     total: int
-    """All parameters."""
+    """All parameters but multi-token prediction's."""
     embedding: int
     """The embedding matrix (also the output layer's where they are tied)."""
     active: int
     """Parameters that a token is multiplied with: without the embedding, with the output layer, chosen experts only."""
+    mtp: int = 0
+    """Parameters of multi-token prediction, which share the model's embedding and output layer."""
+    active_mtp: int = 0
+    """Those of them that a token is multiplied with in training, the output layer once per depth."""
 
 
 def count_parameters(family: Family, model: ModelConfig) -> ParameterCount:
@@ -31,14 +35,20 @@ def count_parameters(family: Family, model: ModelConfig) -> ParameterCount:
     assert family.holds(model), f"{type(model).__name__} is no shape of family {family.name}"
     embedding = model.embedding_parameters()
     active = embedding + model.active_layers_parameters() + model.hidden_size
-    return ParameterCount(total=model.total_parameters(), embedding=embedding, active=active)
+    return ParameterCount(
+        total=model.total_parameters(),
+        embedding=embedding,
+        active=active,
+        mtp=model.mtp_parameters(),
+        active_mtp=model.active_mtp_parameters() + model.mtp_depths() * embedding,
+    )
 
 
 def flops_per_token(family: Family, model: ModelConfig, seq_length: int) -> int:
     """Floating-point operations of forward and backward per token at ``seq_length`` tokens per sequence."""
-    attention = 6 * model.num_layers * seq_length * model.attention_width()
+    attention = 6 * (model.num_layers + model.mtp_depths()) * seq_length * model.attention_width()
     if family.is_causal:
         attention //= 2
     count = count_parameters(family, model)
     unneeded_output = round((1.0 - model.output_layer_fraction()) * count.embedding)
-    return 6 * (count.active - unneeded_output) + attention
+    return 6 * (count.active + count.active_mtp - unneeded_output) + attention

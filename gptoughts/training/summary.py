@@ -17,7 +17,7 @@ def largest_stage_parameters(experiment: Experiment) -> int:
     """Parameters of the pipeline stage that has most of them (all, where there is one stage)."""
     model, parallel = experiment.config.model, experiment.config.parallel
     if parallel.pipeline == 1:
-        return model.total_parameters()
+        return model.total_parameters() + model.mtp_parameters()
     stages = [
         sum(model.parameters_of_layer(index) for layers in chunks for index in layers)
         for chunks in stage_layers(model.num_layers, parallel)
@@ -97,6 +97,8 @@ def print_summary(experiment: Experiment, family: Family) -> None:
     print(json.dumps(experiment.deepspeed, indent=2))
     print("\n# cost")
     print(f"parameters                {count.total:,} ({count.embedding:,} in the embedding)")
+    if count.mtp:
+        print(f"in multi-token prediction {count.mtp:,} more (in training only)")
     print(f"FLOPs per token           {flops:,} (forward and backward, sequence of {sequence})")
     print(
         f"samples per step          {experiment.samples_per_step} ({experiment.samples_per_step * sequence:,} tokens)"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -49,10 +50,14 @@ def train(layout: Layout, folder: str, experts: tuple[int, ...] = ()) -> list[tu
     return figures
 
 
-def assert_equal_runs(folder: Path, layout: Layout, *arguments: Any) -> list[tuple[float, float]]:
-    """The layout's run equals the one-rank run: figures of each step (returned), and whole weights after the last."""
+def assert_equal_runs(
+    folder: Path, layout: Layout, *arguments: Any, extra: tuple[str, ...] = ()
+) -> list[tuple[float, float]]:
+    """The layout's run (with ``extra`` flags) equals the one-rank run: figures of each step, which are returned, and
+    whole weights after the last."""
     one_rank = Layout(extra=layout.extra)
     (expected,) = run_distributed(train, 1, one_rank, str(folder / "one"), *arguments)
+    layout = dataclasses.replace(layout, extra=layout.extra + extra)
     found = run_distributed(train, layout.world_size, layout, str(folder / "many"), *arguments)
     assert all(rank == found[0] for rank in found)
     for step, ((loss, norm), (expected_loss, expected_norm)) in enumerate(zip(found[0], expected, strict=True), 1):
@@ -88,6 +93,16 @@ def test_ranks_whose_experts_nobody_chooses(layout: Layout, tmp_path: Path) -> N
 def test_clipping_by_the_norm_over_all_experts(zero: int, tmp_path: Path) -> None:
     figures = assert_equal_runs(tmp_path, Layout(data=2, expert=2, zero=zero, extra=("--grad_clip=0.1",)))
     assert all(norm > 0.2 for _, norm in figures), "nothing was clipped"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("zero", [1, 2, 3])
+def test_the_optimizer_may_live_on_the_cpu(zero: int, tmp_path: Path) -> None:
+    config = tmp_path / "ds.json"
+    block = {"stage": zero, "offload_optimizer": {"device": "cpu"}}
+    config.write_text(json.dumps({"zero_optimization": block, "bf16": {"enabled": False}}))
+    offloaded = (f"--deepspeed_config={config}",)
+    assert_equal_runs(tmp_path, Layout(data=2, expert=2, accumulation=2), extra=offloaded)
 
 
 def skip_a_step(layout: Layout, folder: str) -> tuple[list[bool], list[float], bool]:

@@ -148,10 +148,12 @@ def assert_equal(run: Run, expected_of: Run) -> None:
     for name, gradient in there.items():
         assert relative(here[name], gradient) <= STEP_1_GRADIENT_RELATIVE, name
 
-    for step, (ours, theirs) in enumerate(zip(found, expected, strict=True), start=1):
-        assert ours["loss"] == pytest.approx(theirs["loss"], rel=LATER_LOSS_RELATIVE), f"step {step}"
-        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=LATER_GRAD_NORM_RELATIVE), f"step {step}"
-        assert ours["applied"]
+    for step, (our_step, their_step) in enumerate(zip(found, expected, strict=True), start=1):
+        assert our_step["loss"] == pytest.approx(their_step["loss"], rel=LATER_LOSS_RELATIVE), f"step {step}"
+        assert our_step["grad_norm"] == pytest.approx(their_step["grad_norm"], rel=LATER_GRAD_NORM_RELATIVE), (
+            f"step {step}"
+        )
+        assert our_step["applied"]
     there, here = weights(expected_run, STEPS), weights(found_run, STEPS)
     for name, weight in there.items():
         assert relative(here[name], weight) <= LATER_WEIGHT_RELATIVE, name

@@ -49,7 +49,7 @@ def start_and_step(layout: Layout, source: str, folder: str) -> tuple[dict[str, 
     from gptoughts.training.initial_weights import load_initial_weights
 
     run = ToyRun("gpt", layout, Path(folder))
-    load_initial_weights(Path(source), run.engine, all_names(list(run.parameters)))
+    load_initial_weights(Path(source), run.engine, all_names(list(run.parameters)), run.experiment.config.model)
     largest_moment = max(float(f.tensor.abs().max()) for f in run.engine.state_fragments() if f.kind != "weight")
     saved = run.save()
     scalars = run.engine.scalar_state()
