@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import atexit
+import datetime
 import os
-import socket
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
+import torch.distributed
 import torch.multiprocessing as mp
 
 TIMEOUT_SECONDS = 300.0
@@ -30,14 +31,10 @@ def _worker(rank: int, world_size: int, port: int, pipe: Connection) -> None:
         MASTER_PORT=str(port),
         OMP_NUM_THREADS="1",
     )
-    import datetime
-
-    import torch
-
     torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo", timeout=datetime.timedelta(seconds=TIMEOUT_SECONDS), world_size=world_size, rank=rank
-    )
+    timeout = datetime.timedelta(seconds=TIMEOUT_SECONDS)
+    store = torch.distributed.TCPStore("127.0.0.1", port, is_master=False, timeout=timeout)
+    torch.distributed.init_process_group("gloo", store=store, timeout=timeout, world_size=world_size, rank=rank)
     while True:
         try:
             job = pipe.recv()
@@ -57,15 +54,14 @@ class WorkerPool:
     """``world_size`` processes whose default process group stays up between cases."""
 
     def __init__(self, world_size: int) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        # Listens before any worker begins: a port that was only found free is another's by the time torch is imported.
+        self.store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         context = mp.get_context("spawn")
         self.pipes: list[Connection] = []
         self.processes = []
         for rank in range(world_size):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_worker, args=(rank, world_size, port, theirs), daemon=True)
+            process = context.Process(target=_worker, args=(rank, world_size, self.store.port, theirs), daemon=True)
             process.start()
             theirs.close()
             self.pipes.append(ours)
@@ -83,7 +79,7 @@ class WorkerPool:
                 continue
             try:
                 succeeded, value = pipe.recv()
-            except EOFError:
+            except (EOFError, OSError):
                 succeeded, value = False, "the worker died"
             if succeeded:
                 results.append(value)
