@@ -31,7 +31,10 @@ def _worker(rank: int, world_size: int, port: int, pipe: Connection) -> None:
         MASTER_PORT=str(port),
         OMP_NUM_THREADS="1",
     )
+    from gptoughts.platform import gloo
+
     torch.set_num_threads(1)
+    gloo.share_device()
     timeout = datetime.timedelta(seconds=TIMEOUT_SECONDS)
     store = torch.distributed.TCPStore("127.0.0.1", port, is_master=False, timeout=timeout)
     torch.distributed.init_process_group("gloo", store=store, timeout=timeout, world_size=world_size, rank=rank)
