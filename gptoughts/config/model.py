@@ -124,9 +124,21 @@ class ModelConfig:
         """Parameters of the layer with this index, counted from 0 over the whole model."""
         return self.layer_parameters()
 
+    def replicated_parameters_of_layer(self, index: int) -> int:
+        """Those of a layer's parameters that every tensor-parallel rank has whole: its two norms here."""
+        return 2 * self.hidden_size
+
+    def routed_parameters_of_layer(self, index: int) -> int:
+        """Those of a layer's parameters that belong to routed experts."""
+        return 0
+
     def active_layer_parameters(self) -> int:
         """Parameters of one layer that a token passes; fewer than all where experts are chosen."""
         return self.layer_parameters()
+
+    def active_parameters_of_layer(self, index: int) -> int:
+        """Parameters of the layer with this index that a token passes."""
+        return self.active_layer_parameters()
 
     def all_layers_parameters(self) -> int:
         """Parameters of all layers."""

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from gptoughts.config.experiment import ParallelConfig
 from gptoughts.config.model import ModelConfig
+from gptoughts.config.pipeline import stage_layers
 from gptoughts.models.family import Family
 
 
@@ -34,11 +36,66 @@ def count_parameters(family: Family, model: ModelConfig) -> ParameterCount:
     return ParameterCount(total=model.total_parameters(), embedding=embedding, active=active)
 
 
+@dataclass(frozen=True)
+class StageParameters:
+    """Parameters of one pipeline stage by what divides them."""
+
+    divided: int
+    """By tensor parallelism."""
+    replicated: int
+    """By nothing: norms and routers."""
+    routed: int
+    """Routed experts': by tensor and expert parallelism."""
+
+    @property
+    def total(self) -> int:
+        """All of the stage."""
+        return self.divided + self.replicated + self.routed
+
+    def dense_on_rank(self, tensor: int) -> int:
+        """What a rank holds without routed experts."""
+        return self.divided // tensor + self.replicated
+
+    def routed_on_rank(self, tensor: int, expert: int) -> int:
+        """What a rank holds of the routed experts."""
+        return self.routed // (tensor * expert)
+
+
+def stage_parameters(model: ModelConfig, parallel: ParallelConfig) -> list[StageParameters]:
+    """Parameters of each pipeline stage; a tied embedding belongs to the first one.
+
+    Args:
+        model: A shape without problems.
+        parallel: A layout that divides its layers.
+    """
+    found = []
+    for stage, chunks in enumerate(stage_layers(model.num_layers, parallel)):
+        is_first, is_last = stage == 0, stage == parallel.pipeline - 1
+        layers = [index for chunk in chunks for index in chunk]
+        replicated = sum(map(model.replicated_parameters_of_layer, layers)) + is_last * model.hidden_size
+        routed = sum(map(model.routed_parameters_of_layer, layers))
+        matrices = is_first + (is_last and model.untie_embeddings_and_output_weights)
+        total = sum(map(model.parameters_of_layer, layers)) + matrices * model.embedding_parameters()
+        total += is_last * model.hidden_size
+        found.append(StageParameters(total - replicated - routed, replicated, routed))
+    return found
+
+
+def flops_of_layers_per_token(family: Family, model: ModelConfig, layers: list[int], seq_length: int) -> int:
+    """Floating-point operations of forward and backward per token of some layers, without the ends of the model."""
+    attention = 6 * len(layers) * seq_length * model.attention_width()
+    return 6 * sum(map(model.active_parameters_of_layer, layers)) + (attention // 2 if family.is_causal else attention)
+
+
+def flops_of_output_layer_per_token(model: ModelConfig) -> int:
+    """Floating-point operations of forward and backward per token of the final norm and the output layer."""
+    embedding = model.embedding_parameters()
+    unneeded = round((1.0 - model.output_layer_fraction()) * embedding)
+    return 6 * (embedding + model.hidden_size - unneeded)
+
+
 def flops_per_token(family: Family, model: ModelConfig, seq_length: int) -> int:
     """Floating-point operations of forward and backward per token at ``seq_length`` tokens per sequence."""
-    attention = 6 * model.num_layers * seq_length * model.attention_width()
-    if family.is_causal:
-        attention //= 2
-    count = count_parameters(family, model)
-    unneeded_output = round((1.0 - model.output_layer_fraction()) * count.embedding)
-    return 6 * (count.active - unneeded_output) + attention
+    assert family.holds(model), f"{type(model).__name__} is no shape of family {family.name}"
+    layers = list(range(model.num_layers))
+    return flops_of_layers_per_token(family, model, layers, seq_length) + flops_of_output_layer_per_token(model)
