@@ -28,7 +28,7 @@ VARIANTS = {
     "llada-mla-moe": ("--model_type=llada", "--model.attention=mla", "--model.num_moe_experts=4", _CUT_OFTEN),
 }
 """Toys beside the families' own: name -> flags."""
-WORLD_KEYS = ("tensor", "sequence", "data", "zero", "accumulation")
+WORLD_KEYS = ("tensor", "sequence", "data", "expert", "zero", "accumulation")
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,7 @@ class Layout:
     accumulation: int = 1
     precision: str = "fp32"
     layers: int = 2
+    expert: int = 1
     tied: bool = False
     """One matrix for embedding and output layer."""
     extra: tuple[str, ...] = field(default=())
@@ -55,8 +56,9 @@ class Layout:
     def __str__(self) -> str:
         pipeline = f"-pp{self.pipeline}" if self.pipeline > 1 else ""
         virtual = f"-vpp{self.virtual}" if self.virtual > 1 else ""
-        name = f"tp{self.tensor}{'sp' if self.sequence else ''}{pipeline}{virtual}-dp{self.data}-zero{self.zero}"
-        name = f"{name}-acc{self.accumulation}{'-tied' if self.tied else ''}"
+        expert = f"-ep{self.expert}" if self.expert > 1 else ""
+        name = f"tp{self.tensor}{'sp' if self.sequence else ''}{pipeline}{virtual}-dp{self.data}{expert}"
+        name = f"{name}-zero{self.zero}-acc{self.accumulation}{'-tied' if self.tied else ''}"
         return name if self.precision == "fp32" else f"{name}-{self.precision}"
 
 
@@ -78,7 +80,8 @@ def toy_experiment(family: str, layout: Layout, folder: Path, *, steps: int = 20
         f"--model.num_layers={layout.layers}", "--model.vocab_size=256", f"--train.steps={steps}", "--optim.lr=1e-3",
         "--optim.eps=1e-4", "--optim.warmup_steps=5", f"--parallel.tensor={layout.tensor}",
         f"--parallel.sequence={str(layout.sequence).lower()}", f"--parallel.pipeline={layout.pipeline}",
-        f"--parallel.virtual_pipeline={layout.virtual}", f"--model.untie_embeddings_and_output_weights={is_untied}",
+        f"--parallel.virtual_pipeline={layout.virtual}", f"--parallel.expert={layout.expert}",
+        f"--model.untie_embeddings_and_output_weights={is_untied}",
         "--grad_clip=0", *layout.extra,
     ]  # fmt: skip
     return load_experiment(arguments, FAMILIES, world_size=layout.world_size)

@@ -10,6 +10,11 @@ from gptoughts.config.experiment import ExperimentConfig
 
 def model_identity(config: ExperimentConfig) -> dict[str, Any]:
     """What a checkpoint's model must agree on with the present one."""
-    fields = dataclasses.asdict(config.model)
-    lasting = {name: value for name, value in fields.items() if name not in config.model.RUN_ONLY_FIELDS}
+    model = config.model
+    defaults = {field.name: field.default for field in dataclasses.fields(model) if field.name in model.LATER_FIELDS}
+    lasting = {
+        name: value
+        for name, value in dataclasses.asdict(model).items()
+        if name not in model.RUN_ONLY_FIELDS and not (name in defaults and value == defaults[name])
+    }
     return {"model_type": config.model_type} | lasting

@@ -232,5 +232,7 @@ class CheckpointManager:
         # Checkpoints of earlier versions do not say their layout.
         same_world = reader.manifest["world_size"] == dist.get_world_size()
         if same_world and reader.manifest.get("layout", groups.layout()) == groups.layout():
-            random_state.restore(reader.rng(dist.get_rank()))
+            states = reader.rng(dist.get_rank())
+            if states:  # one that was divided anew has none
+                random_state.restore(states)
         return state

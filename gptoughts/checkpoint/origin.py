@@ -17,6 +17,8 @@ _FREE_FIELDS = (
     "rotary_low_freq_factor", "rotary_high_freq_factor", "original_max_position_embeddings",
 )  # fmt: skip
 """Fields that no tensor depends on: a run may start from weights with others (a longer context, for one)."""
+_ADAPTED_FIELDS = ("is_shifted",)
+"""Fields that a start from another family's weights proposes and does not need."""
 
 
 def read_origin(path: str) -> tuple[str, ModelConfig]:
@@ -45,10 +47,18 @@ def read_origin(path: str) -> tuple[str, ModelConfig]:
 def shape_contradictions(path: str, wanted: ModelConfig) -> list[str]:
     """A line for each field of ``wanted`` with which the tensors at ``path`` would not fit."""
     try:
-        _, origin = read_origin(path)
+        family, origin = read_origin(path)
     except GptoughtsError:
         return []  # said by whoever took the shape from there
-    there, here = dataclasses.asdict(origin.filled()), dataclasses.asdict(wanted.filled())
+    here = dataclasses.asdict(wanted.filled())
+    there = type(wanted).adopted(origin)
+    if there is None and not FAMILIES[family].holds(wanted):
+        return []  # said by the command line's check
+    if there is None:
+        there = dataclasses.asdict(origin.filled())
+    else:
+        settled = {*_ADAPTED_FIELDS, *wanted.CHOICES}  # the command line's check has looked at the choices
+        here = {name: value for name, value in here.items() if name in there and name not in settled}
     return [
         f"model.{name}={value}: init_from={path} has {there.get(name)}; leave it out"
         for name, value in here.items()

@@ -88,7 +88,7 @@ def read_request(
     arguments = split_arguments(argv)
     problems += arguments.problems
     yaml_leaves = [(path, read_yaml(path, problems)) for path in arguments.config_files]
-    origin = _origin(arguments, yaml_leaves, read_origin, problems)
+    origin = _origin(arguments, yaml_leaves, families, read_origin, problems)
     model_type, size, family = _peek(arguments, yaml_leaves, families, problems, origin)
     preset = family.presets.get(size) if family is not None else None
     foreign = foreign_options(families[model_type], family) if family is not None else {}
@@ -128,16 +128,32 @@ def _stated(name: str, default: str, arguments: Arguments, yaml_leaves: _YamlLea
 
 
 def _origin(
-    arguments: Arguments, yaml_leaves: _YamlLeaves, read_origin: ReadOrigin | None, problems: list[str]
+    arguments: Arguments,
+    yaml_leaves: _YamlLeaves,
+    families: Mapping[str, FamilyLike],
+    read_origin: ReadOrigin | None,
+    problems: list[str],
 ) -> Origin | None:
     path = _stated("init_from", "null", arguments, yaml_leaves)
     if path.value == "null" or read_origin is None or arguments.wants_help:
         return None
     try:
-        return Origin(path.value, *read_origin(path.value))
+        origin = Origin(path.value, *read_origin(path.value))
     except GptoughtsError as error:
         problems += [f"init_from={path.value} ({path.source}): {line}" for line in error.problems]
         return None
+    stated = _stated("model_type", origin.model_type, arguments, yaml_leaves)
+    family = families.get(stated.value)
+    if family is None or family.name == origin.model_type:
+        return origin
+    adopted = family.config_class.adopted(origin.model)
+    if adopted is None:
+        problems.append(
+            f"model_type={stated.value} ({stated.source}): init_from={origin.path} is of the family "
+            f"{origin.model_type}, from which {stated.value} cannot start; leave the flag out"
+        )
+        return None
+    return dataclasses.replace(origin, adopted=adopted)
 
 
 def _peek(
@@ -151,11 +167,6 @@ def _peek(
     default = ExperimentConfig.model_type if origin is None else origin.model_type
     model_type = _stated("model_type", default, arguments, yaml_leaves)
     size = _stated("size", ExperimentConfig.size, arguments, yaml_leaves)
-    if origin is not None and origin.model_type != model_type.value:
-        problems.append(
-            f"model_type={model_type.value} ({model_type.source}): init_from={origin.path} is of the family "
-            f"{origin.model_type}; leave the flag out"
-        )
     family = families.get(model_type.value)
     if family is None:
         guess = did_you_mean(model_type.value, families)
@@ -164,8 +175,18 @@ def _peek(
             f"{', '.join(families)}{guess}"
         )
         return model_type.value, size.value, None
-    stated = {name: _stated(f"model.{name}", "", arguments, yaml_leaves) for name in family.config_class.CHOICES}
-    variant = family.variant({name: setting.value for name, setting in stated.items() if setting.value})
+    shape = {} if origin is None else origin.adopted or vars(origin.model)
+    given = {name: str(shape[name]) for name in family.config_class.CHOICES if name in shape}
+    stated = {}
+    for name in family.config_class.CHOICES:
+        setting = _stated(f"model.{name}", given.get(name, ""), arguments, yaml_leaves)
+        stated[name] = given.get(name, setting.value)
+        if setting.value != stated[name] and origin is not None:
+            problems.append(
+                f"model.{name}={setting.value} ({setting.source}): init_from={origin.path} has {stated[name]}; "
+                "leave it out"
+            )
+    variant = family.variant({name: value for name, value in stated.items() if value})
     if size.value not in variant.presets:
         guess = did_you_mean(size.value, variant.presets)
         allowed = ", ".join(variant.presets)

@@ -19,7 +19,9 @@ def automatic_values(config: ExperimentConfig, zero_stage: int) -> dict[str, Any
     and below 1e5 elements stage 3 partitions nothing of a small model.
     """
     model, tensor = config.model, config.parallel.tensor
-    on_this_rank = max(1, model.total_parameters() // tensor)
+    experts = model.expert_parallel_parameters()
+    elsewhere = experts - experts // config.parallel.expert
+    on_this_rank = max(1, (model.total_parameters() - elsewhere) // tensor)
     bucket = min(LARGEST_BUCKET, on_this_rank)
     values: dict[str, Any] = {}
     if zero_stage > 0:

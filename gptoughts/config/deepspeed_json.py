@@ -151,6 +151,19 @@ def _check_zero(found: DeepSpeedJson) -> list[str]:
     return problems
 
 
+def expert_parallel_problems(found: DeepSpeedJson, config: ExperimentConfig) -> list[str]:
+    """A line for each value of the file with which DeepSpeed cannot shard experts of their own ranks."""
+    if config.parallel.expert == 1 or found.zero_stage not in (1, 2):
+        return []
+    # stage_1_and_2.py:863-870 (0.19.8): its other ways to reduce know one group of ranks only.
+    return [
+        f"{found.label}: zero_optimization.{key}=false: with parallel.expert={config.parallel.expert} DeepSpeed's "
+        "stages 1 and 2 need it; leave the key out"
+        for key in ("reduce_scatter", "contiguous_gradients")
+        if found.at(f"zero_optimization.{key}") is False
+    ]
+
+
 def for_deepspeed(found: DeepSpeedJson, config: ExperimentConfig) -> dict[str, Any]:
     """What ``deepspeed.initialize`` is given: no ``"auto"``, nothing of ours, nothing that asks for nothing.
 

@@ -25,6 +25,8 @@ class ParallelConfig:
     pipeline_layout: str | None = None
     """Layers of each stage, in the order of the model, e.g. 5,3 (with virtual_pipeline: of each chunk, chunk i on stage
     i mod pipeline); unset: equal parts."""
+    expert: int = 1
+    """Data-parallel ranks that share each layer's routed experts (expert parallelism; needs a model with experts)."""
     sequence: bool = False
     """Shard norms and residuals over the tensor-parallel ranks along the sequence (needs tensor > 1)."""
     timeout_seconds: float = 600.0

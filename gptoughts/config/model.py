@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 VOCABULARY_MULTIPLE = 128
 
@@ -15,9 +15,11 @@ class ModelConfig:
     """Fields that every family has. A preset fills all of them; flags and YAML override single ones."""
 
     RUN_ONLY_FIELDS: ClassVar[frozenset[str]] = frozenset(
-        {"attention_dropout", "hidden_dropout", "init_method_std", "seq_length"}
+        {"attention_dropout", "hidden_dropout", "init_method_std", "moe_token_dispatcher_type", "seq_length"}
     )
     """Fields that may change between a checkpoint and its resumption."""
+    LATER_FIELDS: ClassVar[frozenset[str]] = frozenset()
+    """Fields that checkpoints of earlier versions do not name; there they had their default."""
     CHOICES: ClassVar[tuple[str, ...]] = ()
     """Fields that choose between the classes of a family with several (:meth:`is_chosen_by`)."""
 
@@ -66,6 +68,15 @@ class ModelConfig:
         """Special tokens that the model has to have, whether or not the corpus's tokenizer knows them: name -> id."""
         return {}
 
+    def token_roles(self) -> dict[str, int | None]:
+        """Special tokens that the model knows by a field ``ROLE_token_id``: role -> id (None: not known yet)."""
+        return {}
+
+    @classmethod
+    def adopted(cls, other: ModelConfig) -> dict[str, Any] | None:
+        """Fields with which a model of this family can start from weights of another family's shape; None: never."""
+        return None
+
     def output_layer_fraction(self) -> float:
         """Fraction of a training row's positions that need the output layer, in expectation."""
         return 1.0
@@ -91,6 +102,14 @@ class ModelConfig:
             "ffn_hidden_size": self.ffn_hidden_size,
             "padded vocab_size": self.padded_vocab_size,
         }
+
+    def expert_parallel_divisors(self) -> dict[str, int]:
+        """What expert parallelism divides: name -> count, a multiple of ``parallel.expert``; empty: no experts."""
+        return {}
+
+    def expert_parallel_parameters(self) -> int:
+        """Parameters that expert parallelism divides."""
+        return 0
 
     def rotary_dim(self) -> int:
         """Size of the part of a head that the rotary embedding turns."""
@@ -148,11 +167,27 @@ class ModelConfig:
         """Parameters of all layers that a token passes."""
         return self.num_layers * self.active_layer_parameters()
 
+    def mtp_depths(self) -> int:
+        """Depths of multi-token prediction."""
+        return 0
+
+    def mtp_scaling_factor(self) -> float:
+        """Factor of the mean loss of those depths in what is learned from."""
+        return 0.0
+
+    def mtp_parameters(self) -> int:
+        """Parameters of multi-token prediction's own; embedding and output layer are the model's."""
+        return 0
+
+    def active_mtp_parameters(self) -> int:
+        """Parameters of them that a token passes."""
+        return 0
+
     def embedding_parameters(self) -> int:
         """Parameters of the embedding matrix, padding included."""
         return self.padded_vocab_size * self.hidden_size
 
     def total_parameters(self) -> int:
-        """Parameters of the whole model, padding of the vocabulary included."""
+        """Parameters of the whole model, padding of the vocabulary included, without multi-token prediction."""
         matrices = 2 if self.untie_embeddings_and_output_weights else 1
         return matrices * self.embedding_parameters() + self.all_layers_parameters() + self.hidden_size

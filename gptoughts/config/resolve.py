@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from gptoughts.config.deepspeed_json import DeepSpeedJson, for_deepspeed
+from gptoughts.config.deepspeed_json import DeepSpeedJson, expert_parallel_problems, for_deepspeed
 from gptoughts.config.deepspeed_values import JsonValue
 from gptoughts.config.experiment import ExperimentConfig
 from gptoughts.config.model import ModelConfig
@@ -31,6 +31,8 @@ class Inspection:
     vocab_size: int | None
     """Entries of the corpus's tokenizer; None where there is none."""
     problems: list[str]
+    special_ids: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    """Special tokens of the corpus's tokenizer: role -> id."""
 
 
 @dataclass(frozen=True)
@@ -86,10 +88,12 @@ class Origin:
     path: str
     model_type: str
     model: ModelConfig
+    adopted: Mapping[str, Any] | None = None
+    """Fields of this run's shape where that is of another family."""
 
     def values(self) -> dict[str, Any]:
         """Dotted name -> value of its shape; the length of sequences is this run's own."""
-        fields = {f.name: getattr(self.model, f.name) for f in dataclasses.fields(self.model)}
+        fields = self.adopted or {f.name: getattr(self.model, f.name) for f in dataclasses.fields(self.model)}
         return {f"model.{name}": value for name, value in fields.items() if name != "seq_length"}
 
 
@@ -114,7 +118,8 @@ class Layers:
         if self.origin is not None:
             for name, value in self.origin.values().items():
                 values[name], sources[name] = value, f"init_from {self.origin.path}"
-            values["model_type"], sources["model_type"] = self.origin.model_type, f"init_from {self.origin.path}"
+            if self.origin.adopted is None:
+                values["model_type"], sources["model_type"] = self.origin.model_type, f"init_from {self.origin.path}"
         for name, held in self.json_values.items():
             values[name], sources[name] = held.value, self.json.label
         for name, setting in self.explicit.items():
@@ -157,6 +162,8 @@ def settle(
         inspection = inspect(config)
         problems += inspection.problems
         config = _settle_vocabulary(config, inspection.vocab_size, sources, problems)
+        if inspection.vocab_size is not None:
+            config = _settle_special_tokens(config, inspection.special_ids, sources)
     if not config.model.problems():
         config = replace(config, model=config.model.filled())  # some of it follows from the vocabulary
     return config, sources
@@ -174,7 +181,7 @@ def resolve(
     """The resolved run, or None where ``problems`` (given and new ones) forbid it."""
     config, sources = settle(layers, model_class, problems=problems, inspect=inspect)
     found, data_parallel_size = validate(config, sources, world_size=world_size)
-    problems += found
+    problems += found + expert_parallel_problems(layers.json, config)
     config, num_microbatches, found = resolve_batch(config, sources, data_parallel_size)
     problems += found or microbatch_problems(config, sources, num_microbatches)
     if problems:
@@ -220,6 +227,18 @@ def _fill(config: ExperimentConfig, sources: dict[str, str]) -> ExperimentConfig
         grad_clip=1.0 if config.grad_clip is None else config.grad_clip,
         use_fp8=bool(config.use_fp8),
     )
+
+
+def _settle_special_tokens(
+    config: ExperimentConfig, special_ids: Mapping[str, int], sources: dict[str, str]
+) -> ExperimentConfig:
+    """Ids that nobody stated are the tokenizer's; a preset's belong to the tokenizer of that preset."""
+    found: dict[str, Any] = {}
+    for role, token_id in config.model.token_roles().items():
+        name = f"model.{role}_token_id"
+        if token_id is None or sources[name].startswith(("preset", "default")):
+            found[f"{role}_token_id"], sources[name] = special_ids.get(role), "tokenizer of the corpus"
+    return replace(config, model=replace(config.model, **found)) if found else config
 
 
 def _settle_vocabulary(

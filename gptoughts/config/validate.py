@@ -39,8 +39,8 @@ def _model_problems(config: ExperimentConfig, sources: Mapping[str, str]) -> lis
 
 
 _AT_LEAST_ONE = (
-    "block_size", "parallel.tensor", "parallel.pipeline", "parallel.virtual_pipeline", "log.interval_steps",
-    "train.steps",
+    "block_size", "parallel.tensor", "parallel.pipeline", "parallel.virtual_pipeline", "parallel.expert",
+    "log.interval_steps", "train.steps",
 )  # fmt: skip
 _POSITIVE = ("parallel.timeout_seconds", "optim.lr", "optim.eps")
 _NOT_NEGATIVE = (
@@ -123,7 +123,30 @@ def _parallel_problems(
             problems.append(f"{sequence_is}: shards over tensor-parallel ranks; needs parallel.tensor of 2 or more")
         elif (config.block_size or 0) % tensor:
             problems.append(f"{sequence_is}: block_size={config.block_size} is not divisible by {tensor_is}")
-    return problems, max(1, world_size // (tensor * pipeline))
+    data_parallel_size = max(1, world_size // (tensor * pipeline))
+    problems += _expert_problems(config, sources, data_parallel_size, is_model_sound=is_model_sound)
+    return problems, data_parallel_size
+
+
+def _expert_problems(
+    config: ExperimentConfig, sources: Mapping[str, str], data_parallel_size: int, *, is_model_sound: bool
+) -> list[str]:
+    expert = config.parallel.expert
+    if expert <= 1 or not is_model_sound:
+        return []
+    expert_is = f"parallel.expert={expert} ({sources['parallel.expert']})"
+    divisors = config.model.expert_parallel_divisors()
+    if not divisors:
+        return [f"{expert_is}: this model ({config.model_type}) has no experts to divide; allowed: 1"]
+    if config.parallel.pipeline > 1:
+        return [f"{expert_is}: not built together with parallel.pipeline={config.parallel.pipeline}; allowed: 1"]
+    counts = {**divisors, "the number of data-parallel ranks": data_parallel_size}
+    allowed = [n for n in range(1, min(counts.values()) + 1) if all(count % n == 0 for count in counts.values())]
+    return [
+        f"{expert_is}: {name}={count} is not divisible by {expert}; allowed: {', '.join(map(str, allowed))}"
+        for name, count in counts.items()
+        if count % expert
+    ]
 
 
 def resolve_batch(

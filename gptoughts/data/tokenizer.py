@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tokenizers
@@ -15,10 +15,18 @@ from gptoughts.errors import DataError
 
 TOKENIZER_FILE = "tokenizer.json"
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
-END_OF_DOCUMENT = "<|endoftext|>"
+END_OF_DOCUMENT, END_OF_TURN, MASK = "<|endoftext|>", "<|eot_id|>", "[MASK]"
+"""What tools/train_tokenizer.py calls its special tokens."""
 # Ends of text in published tokenizers, tried in this order where no tokenizer_config.json names one.
 _DEEPSEEK_END = "<\uff5cend\u2581of\u2581sentence\uff5c>"  # written with full-width bars
 _KNOWN_ENDS = (END_OF_DOCUMENT, "<|end_of_text|>", _DEEPSEEK_END, "<|im_end|>", "</s>", "<eos>", "<|eot_id|>")
+_KNOWN = {
+    "eos": _KNOWN_ENDS,
+    "eot": (END_OF_TURN, "<|eot|>", "<|im_end|>", "<end_of_turn>"),
+    "mask": (MASK, "<|mdm_mask|>", "<|mask|>", "<mask>"),
+}
+"""Role -> names that published tokenizers have for it, tried in this order where tokenizer_config.json has no
+``ROLE_token``: LLaDA's are <|endoftext|>, <|eot_id|>, <|mdm_mask|> (huggingface.co/GSAI-ML/LLaDA-8B-Base)."""
 
 
 def tokenizer_file(path: str | Path) -> Path:
@@ -59,23 +67,26 @@ class Tokenizer:
             raise DataError(f"tokenizer {str(file)!r}: its vocabulary is empty")
         self.vocab_size: int = max(vocabulary.values()) + 1
         """Largest token id plus one (a vocabulary may have holes)."""
-        self.eod_token = eod_token if eod_token is not None else self._find_eod_token(vocabulary)
+        self.eod_token = eod_token if eod_token is not None else self._find_token("eos", vocabulary)
         if self.eod_token is not None and self.eod_token not in vocabulary:
             raise DataError(f"tokenizer {str(file)!r}: it has no token {self.eod_token!r}")
         self.eod_id: int | None = None if self.eod_token is None else vocabulary[self.eod_token]
         """Id of the end-of-document token, or None where the tokenizer has none."""
 
-    def _find_eod_token(self, vocabulary: dict[str, int]) -> str | None:
+    def special_ids(self) -> dict[str, int]:
+        """Ids of the roles that the tokenizer has a token for: ``eos`` (end of text), ``eot`` (of a turn), ``mask``."""
+        vocabulary = self.backend.get_vocab(with_added_tokens=True)
+        names = {role: self._find_token(role, vocabulary) for role in _KNOWN}
+        return {role: vocabulary[name] for role, name in names.items() if name is not None}
+
+    def _find_token(self, role: str, vocabulary: dict[str, int]) -> str | None:
         config_file = self.file.parent / TOKENIZER_CONFIG_FILE
         if config_file.is_file():
-            try:
-                named = json.loads(config_file.read_text(encoding="utf-8")).get("eos_token")
-            except (ValueError, AttributeError) as error:
-                raise DataError(f"{config_file}: not a JSON object ({error})") from error
+            named = _read_config(config_file).get(f"{role}_token")
             named = named.get("content") if isinstance(named, dict) else named
             if isinstance(named, str) and named in vocabulary:
                 return named
-        return next((token for token in _KNOWN_ENDS if token in vocabulary), None)
+        return next((token for token in _KNOWN[role] if token in vocabulary), None)
 
     def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
         """Token ids of a text; special tokens spelt in it are plain text unless ``allow_special``."""
@@ -123,6 +134,16 @@ class Tokenizer:
         return False
 
 
+def _read_config(file: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"{file}: not a JSON object ({error})") from error
+    if not isinstance(found, dict):
+        raise DataError(f"{file}: not a JSON object")
+    return found
+
+
 def load_tokenizer(path: str | Path, *, eod_token: str | None = None) -> Tokenizer:
     """Load a tokenizer from a tokenizer.json or a folder with one.
 
@@ -132,7 +153,9 @@ def load_tokenizer(path: str | Path, *, eod_token: str | None = None) -> Tokeniz
     return Tokenizer(tokenizer_file(path), eod_token=eod_token)
 
 
-def with_special_tokens(source: str | Path, tokens: Mapping[str, int], folder: Path) -> Path:
+def with_special_tokens(
+    source: str | Path, tokens: Mapping[str, int], folder: Path, roles: Mapping[str, int] | None = None
+) -> Path:
     """A tokenizer.json that has the named special tokens: the given one where it does, else a copy with them added.
 
     An id that the tokenizer gives to a special token of another name is taken as that one.
@@ -140,12 +163,14 @@ def with_special_tokens(source: str | Path, tokens: Mapping[str, int], folder: P
     Args:
         source: tokenizer.json or a folder with one.
         tokens: Name -> id.
-        folder: Where a copy goes, with tokenizer_config.json where that lies beside; one process may write it.
+        folder: Where a copy goes, with a tokenizer_config.json; one process may write it.
+        roles: Role -> id, for which :meth:`Tokenizer.special_ids` of the result gives the same.
     Raises:
         DataError: an id belongs to an ordinary token, or is not the one that the tokenizer has (or would give).
     """
     file = tokenizer_file(source)
-    backend = Tokenizer(file).backend
+    tokenizer = Tokenizer(file)
+    backend, found = tokenizer.backend, tokenizer.special_ids()
     added = backend.get_added_tokens_decoder()
     missing = {}
     for name, token_id in tokens.items():
@@ -154,18 +179,28 @@ def with_special_tokens(source: str | Path, tokens: Mapping[str, int], folder: P
             raise DataError(f"tokenizer {str(source)!r}: id {token_id} of {name} is its ordinary token {existing!r}")
         if existing is None:
             missing[name] = token_id
-    if not missing:
+    untold = {role: token_id for role, token_id in (roles or {}).items() if found.get(role) != token_id}
+    if not missing and not untold:
         return file
     for name, token_id in missing.items():
         backend.add_special_tokens([tokenizers.AddedToken(name, special=True, normalized=False)])
-        if (found := backend.token_to_id(name)) != token_id:
+        if (given := backend.token_to_id(name)) != token_id:
             raise DataError(
-                f"tokenizer {str(source)!r}: its {name} has id {found}, but the model's has {token_id}; "
-                f"give the model {found}"
+                f"tokenizer {str(source)!r}: its {name} has id {given}, but the model's has {token_id}; "
+                f"give the model {given}"
             )
+    beside = file.parent / TOKENIZER_CONFIG_FILE
+    config = _read_config(beside) if beside.is_file() else {}
+    for role, token_id in untold.items():
+        text = backend.id_to_token(token_id)
+        if text is None:
+            raise DataError(
+                f"tokenizer {str(source)!r}: has no token {token_id}, which {role}_token_id names; leave it out, or "
+                "add a special token (tools/train_tokenizer.py --special_tokens)"
+            )
+        config[f"{role}_token"] = text
     folder.mkdir(parents=True, exist_ok=True)
     backend.save(str(folder / TOKENIZER_FILE))
-    beside = file.parent / TOKENIZER_CONFIG_FILE
-    if beside.is_file():
-        shutil.copyfile(beside, folder / TOKENIZER_CONFIG_FILE)
+    if config:
+        (folder / TOKENIZER_CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     return folder / TOKENIZER_FILE

@@ -20,7 +20,14 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from gptoughts.data.documents import Inputs, find_inputs, read_rows, read_text
 from gptoughts.data.files import write_text
 from gptoughts.data.options import add_input_arguments
-from gptoughts.data.tokenizer import END_OF_DOCUMENT, TOKENIZER_CONFIG_FILE, TOKENIZER_FILE, load_tokenizer
+from gptoughts.data.tokenizer import (
+    END_OF_DOCUMENT,
+    END_OF_TURN,
+    MASK,
+    TOKENIZER_CONFIG_FILE,
+    TOKENIZER_FILE,
+    load_tokenizer,
+)
 from gptoughts.errors import ConfigError, DataError
 
 # Contractions | a word with the one character before it | digits | punctuation with its line ends | white space.
@@ -81,6 +88,8 @@ def save(tokenizer: tokenizers.Tokenizer, folder: str | Path, *, special_tokens:
     }
     if len(special_tokens) > 1:
         config["additional_special_tokens"] = list(special_tokens[1:])
+    if MASK in special_tokens:
+        config["mask_token"] = MASK
     content = {TOKENIZER_CONFIG_FILE: json.dumps(config, indent=2), TOKENIZER_FILE: tokenizer.to_str(pretty=True)}
     for name, text in content.items():
         write_text(folder / name, text)
@@ -118,8 +127,9 @@ def build_parser() -> jsonargparse.ArgumentParser:
     parser.add_argument(
         "--special_tokens",
         nargs="+",
-        default=[END_OF_DOCUMENT],
-        help="get the first ids; the first of them marks the end of a document",
+        default=[END_OF_DOCUMENT, END_OF_TURN, MASK],
+        help=f"get the first ids; the first of them marks the end of a document. {END_OF_TURN} ends a turn of a chat, "
+        f"{MASK} is for masked diffusion: both are found by these names",
     )
     parser.add_argument("--max_bytes", type=int, default=0, help="train on the first so many bytes of text (0: all)")
     parser.add_argument(

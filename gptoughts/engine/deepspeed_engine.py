@@ -244,8 +244,9 @@ class TrainEngine:
             output = self._forward_step(chunk, microbatch)
             if not isinstance(output, ForwardOutput):
                 return output, _no_loss
-            extras = output.extras
-            return output.loss_sum, lambda loss_sum: (loss_sum * factor, (loss_sum.detach(), extras))
+            kept = (output.loss_sum.detach(), output.extras)
+            total = output.loss_sum if output.auxiliary_sum is None else output.loss_sum + output.auxiliary_sum
+            return total, lambda loss_sum: (loss_sum * factor, kept)
 
         return run_schedule(
             self._proxies,

@@ -26,6 +26,9 @@ class ForwardOutput:
     """fp32 scalar with gradient: sum of weighted token losses, nats."""
     extras: Mapping[str, Tensor] = field(default_factory=dict)
     """Detached fp32 scalars to be summed over microbatches and data-parallel ranks for the log."""
+    auxiliary_sum: Tensor | None = None
+    """fp32 scalar with gradient that is learned from together with ``loss_sum``, over the same denominator, and is no
+    part of the loss that is reported."""
 
 
 ForwardStep = Callable[[nn.Module, Any], ForwardOutput | Tensor]
@@ -69,8 +72,9 @@ class StepResult:
 class StateFragment:
     """A contiguous piece of one parameter's training state that this rank owns, under the parameter's global name.
 
-    The piece is ``[start, start + numel)`` of the flattened tensor-parallel shard. Fragments of all ranks cover each
-    shard exactly once (replicas are written by one rank only, ``is_owner``).
+    The piece is ``[start, start + numel)`` of the flattened tensor-parallel shard, which holds the experts of all
+    expert-parallel ranks. Fragments of all ranks cover each shard exactly once (replicas are written by one rank only,
+    ``is_owner``).
     """
 
     name: str
@@ -82,7 +86,7 @@ class StateFragment:
     start: int
     """Offset in the flattened tensor-parallel shard, in elements."""
     shard_shape: tuple[int, ...]
-    """Shape of this rank's tensor-parallel shard."""
+    """Shape of this rank's tensor-parallel shard, all experts included."""
     partition_dim: int | None
     """Tensor dimension that tensor parallelism divides; None where every tensor-parallel rank holds the whole."""
     partition_stride: int

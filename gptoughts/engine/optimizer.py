@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from gptoughts.config.experiment import OptimConfig
+from gptoughts.parallel.deepspeed_mpu import EXPERTS
+from gptoughts.parallel.partition import is_expert_parallel
 
 
 def shard_shape(parameter: nn.Parameter) -> tuple[int, ...]:
@@ -21,14 +23,20 @@ def shard_shape(parameter: nn.Parameter) -> tuple[int, ...]:
 
 
 def build_param_groups(parameters: Mapping[str, nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
-    """Two groups, matrices with decay and the rest without, each in the order of ``parameters``.
+    """Matrices with decay and the rest without, each in the order of ``parameters``.
 
-    Frozen parameters are in neither, and a group without parameters is left out.
+    Experts that expert parallelism divides have groups of their own, marked as DeepSpeed's stages 1 and 2 want it: each
+    group is one flat tensor there, sharded over one group of ranks. Frozen parameters are in none, and a group without
+    parameters is left out.
     """
     trainable = [parameter for parameter in parameters.values() if parameter.requires_grad]
-    decayed = [parameter for parameter in trainable if len(shard_shape(parameter)) >= 2]
-    others = [parameter for parameter in trainable if len(shard_shape(parameter)) < 2]
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+    groups: list[dict[str, Any]] = []
+    for is_expert, marks in ((False, {}), (True, {"moe": True, "name": EXPERTS})):
+        mine = [parameter for parameter in trainable if is_expert_parallel(parameter) == is_expert]
+        decayed = [parameter for parameter in mine if len(shard_shape(parameter)) >= 2]
+        others = [parameter for parameter in mine if len(shard_shape(parameter)) < 2]
+        groups.append({"params": decayed, "weight_decay": weight_decay, **marks})
+        groups.append({"params": others, "weight_decay": 0.0, **marks})
     return [group for group in groups if group["params"]]
 
 

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup, ReduceOp, all_reduce
 
+from gptoughts.parallel.partition import is_expert_parallel
+
 CLIP_EPS = 1e-6
 
 
@@ -27,6 +29,8 @@ class ReplicatedOptimizer:
         basic: AdamW over the model's parameters; half-precision ones are replaced in it by fp32 masters.
         clip_grad: Largest global gradient norm; 0 switches clipping off.
         data_parallel_group: Ranks with the same weights.
+        expert_data_parallel_group: Ranks with the same routed experts, where expert parallelism divides them.
+        expert_parallel_group: Ranks that hold different experts of the same layers.
         model_parallel_group: Ranks that share one copy of the model.
         tensor_parallel_rank: Replicated parameters count in the norm where it is 0.
         loss_scaler: DeepSpeed's scaler; its scale is 1 except in fp16.
@@ -39,6 +43,8 @@ class ReplicatedOptimizer:
         *,
         clip_grad: float,
         data_parallel_group: ProcessGroup,
+        expert_data_parallel_group: ProcessGroup,
+        expert_parallel_group: ProcessGroup,
         model_parallel_group: ProcessGroup,
         tensor_parallel_rank: int,
         loss_scaler: Any,
@@ -50,6 +56,8 @@ class ReplicatedOptimizer:
         self.overflow = False
         self._global_grad_norm = 0.0
         self._data_parallel_group = data_parallel_group
+        self._expert_data_parallel_group = expert_data_parallel_group
+        self._expert_parallel_group = expert_parallel_group
         self._model_parallel_group = model_parallel_group
         self._bucket_elements = reduce_bucket_size
         self.parameters: list[nn.Parameter] = []
@@ -64,11 +72,12 @@ class ReplicatedOptimizer:
         for parameter, master in self._copies:
             parameter.register_post_accumulate_grad_hook(_fp32_accumulator(master))
         is_first = tensor_parallel_rank == 0
-        self._counted = [
-            master
-            for parameter, master in zip(self.parameters, self.masters, strict=True)
-            if is_first or getattr(parameter, "tensor_model_parallel", False)
-        ]
+        pairs = list(zip(self.parameters, self.masters, strict=True))
+        self._experts = [master for parameter, master in pairs if is_expert_parallel(parameter)]
+        self._others = [master for parameter, master in pairs if not is_expert_parallel(parameter)]
+        counted = {id(m) for p, m in pairs if is_first or getattr(p, "tensor_model_parallel", False)}
+        self._counted = [master for master in self._others if id(master) in counted]
+        self._counted_experts = [master for master in self._experts if id(master) in counted]
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -82,9 +91,11 @@ class ReplicatedOptimizer:
 
     @torch.no_grad()
     def step(self) -> None:
-        """Reduce, check, clip, update. Collective: data-parallel and model-parallel group."""
-        gradients = self._gradients()
-        self._average(gradients)
+        """Reduce, check, clip, update. Collective: data-, expert- and model-parallel group."""
+        gradients = self._gradients(self.masters)
+        self._average(self._gradients(self._others), self._data_parallel_group)
+        # Each is a sum over the samples of an expert-parallel group already: divided by all data-parallel ranks too.
+        self._average(self._gradients(self._experts), self._expert_data_parallel_group)
         scale = self.loss_scale
         norm = self._norm() / scale
         self.overflow = not math.isfinite(norm)
@@ -127,33 +138,40 @@ class ReplicatedOptimizer:
         """The basic optimizer's state."""
         return self.optimizer.state_dict()
 
-    def _gradients(self) -> list[Tensor]:
-        for master in self.masters:
+    def _gradients(self, masters: Sequence[nn.Parameter]) -> list[Tensor]:
+        for master in masters:
             if master.grad is None:
                 master.grad = torch.zeros_like(master)
-        return [master.grad for master in self.masters if master.grad is not None]
+        return [master.grad for master in masters if master.grad is not None]
 
-    def _average(self, gradients: Sequence[Tensor]) -> None:
+    def _average(self, gradients: Sequence[Tensor], group: ProcessGroup) -> None:
+        """Sum over ``group``, divided by the number of data-parallel ranks."""
         size = self._data_parallel_group.size()
         if size == 1:
             return
         for bucket in _buckets(gradients, self._bucket_elements):
             flat = torch.cat([gradient.reshape(-1) for gradient in bucket])
-            all_reduce(flat, ReduceOp.SUM, group=self._data_parallel_group)
+            all_reduce(flat, ReduceOp.SUM, group=group)
             flat.div_(size)
             pieces = flat.split([gradient.numel() for gradient in bucket])
             for gradient, piece in zip(bucket, pieces, strict=True):
                 gradient.copy_(piece.view_as(gradient))
 
     def _norm(self) -> float:
-        counted = [master.grad for master in self._counted if master.grad is not None]
-        device = self.masters[0].device
-        total = torch.zeros((), dtype=torch.float32, device=device)
-        if counted:
-            total = torch.stack(torch._foreach_norm(counted)).square().sum()
+        total = self._squared_norm(self._counted)
+        if self._expert_parallel_group.size() > 1:
+            experts = self._squared_norm(self._counted_experts)
+            all_reduce(experts, ReduceOp.SUM, group=self._expert_parallel_group)
+            total += experts
         if self._model_parallel_group.size() > 1:
             all_reduce(total, ReduceOp.SUM, group=self._model_parallel_group)
         return math.sqrt(value) if math.isfinite(value := float(total)) else math.inf
+
+    def _squared_norm(self, masters: Sequence[nn.Parameter]) -> Tensor:
+        gradients = [master.grad for master in masters if master.grad is not None]
+        if not gradients:
+            return torch.zeros((), dtype=torch.float32, device=self.masters[0].device)
+        return torch.stack(torch._foreach_norm(gradients)).square().sum()
 
 
 def _master_of(parameter: nn.Parameter) -> nn.Parameter:

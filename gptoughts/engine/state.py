@@ -11,6 +11,7 @@ Where the fp32 weights and moments of a parameter are:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +25,8 @@ from gptoughts.engine.optimizer import allocate_state, set_step_count, shard_sha
 from gptoughts.engine.replicated_optimizer import ReplicatedOptimizer
 from gptoughts.engine.zero_engine import ZeroEngine
 from gptoughts.errors import CheckpointError
+from gptoughts.parallel.deepspeed_mpu import expert_data_parallel_group, expert_parallel_group
+from gptoughts.parallel.partition import is_expert_parallel
 
 WEIGHT = "weight"
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -66,22 +69,25 @@ class TrainingState:
     def fragments(self) -> list[StateFragment]:
         """This rank's pieces, parameter by parameter, then the buffers. Collective: none."""
         is_first_replica = parallel_state.get_data_parallel_group(with_context_parallel=True).rank() == 0
+        is_first_expert_replica = expert_data_parallel_group().rank() == 0
         is_first_shard = parallel_state.get_tensor_model_parallel_rank() == 0
         fragments = []
         for piece in self._slices():
             parameter: Any = self._parameters[piece.name]
             is_divided = bool(getattr(parameter, "tensor_model_parallel", False))
+            is_first = is_first_expert_replica if is_expert_parallel(parameter) else is_first_replica
+            shape, offset = _over_all_experts(parameter)
             for kind, flat in self._tensors(piece.flat):
                 fragments.append(
                     StateFragment(
                         name=piece.name,
                         kind=kind,
                         tensor=flat.view(-1).narrow(0, piece.offset, piece.numel),
-                        start=piece.start,
-                        shard_shape=shard_shape(parameter),
+                        start=offset + piece.start,
+                        shard_shape=shape,
                         partition_dim=parameter.partition_dim if is_divided else None,
                         partition_stride=getattr(parameter, "partition_stride", 1) if is_divided else 1,
-                        is_owner=(self._stage > 0 or is_first_replica) and (is_divided or is_first_shard),
+                        is_owner=(self._stage > 0 or is_first) and (is_divided or is_first_shard),
                     )
                 )
         is_first = is_first_replica and is_first_shard
@@ -172,6 +178,19 @@ class TrainingState:
                 optimizer._reassign_or_swap_out_partitioned_parameters(group)
             if optimizer.persistent_parameters:
                 optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
+
+
+def _over_all_experts(parameter: nn.Parameter) -> tuple[tuple[int, ...], int]:
+    """Shape of the tensor-parallel shard with the experts of all ranks, and where this rank's begin when flattened.
+
+    Experts are the first dimension, so that those of a rank are one run of elements: to a checkpoint expert parallelism
+    is a cut of the flattened shard like ZeRO's.
+    """
+    shape = shard_shape(parameter)
+    if not is_expert_parallel(parameter):
+        return shape, 0
+    group = expert_parallel_group()
+    return (shape[0] * group.size(), *shape[1:]), group.rank() * math.prod(shape)
 
 
 def _buffer_fragment(name: str, buffer: Tensor, is_owner: bool) -> StateFragment:

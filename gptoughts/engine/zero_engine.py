@@ -20,7 +20,13 @@ from torch import nn
 
 from gptoughts.engine.module_trace import compare_within_data_parallel_group
 from gptoughts.engine.replicated_optimizer import ReplicatedOptimizer
-from gptoughts.parallel.deepspeed_mpu import DeepSpeedMpu
+from gptoughts.parallel.deepspeed_mpu import (
+    DeepSpeedMpu,
+    expert_data_parallel_group,
+    expert_parallel_group,
+    register_experts,
+)
+from gptoughts.parallel.partition import is_expert_parallel
 from gptoughts.platform.device import local_rank
 
 
@@ -29,6 +35,13 @@ class ZeroEngine(DeepSpeedEngine):
 
     event_monitor: Any
     """The monitors that the JSON switches on."""
+
+    def _configure_distributed_model(self, model: nn.Module) -> None:
+        has_experts = register_experts(model.parameters())
+        super()._configure_distributed_model(model)
+        # engine.py:2101 knows its own expert layers only. With this, stages 1 and 2 sum each gradient over the ranks
+        # with the same experts, of whichever layer (stage_1_and_2.py:1640); stage 3 goes by the parameters' marks.
+        self.has_moe_layers = has_experts and self.zero_optimization_stage() in (1, 2)
 
     def _configure_optimizer(self, client_optimizer: torch.optim.Optimizer, model_parameters: Any) -> None:
         # Stage 0 is ours, see replicated_optimizer.py.
@@ -42,6 +55,8 @@ class ZeroEngine(DeepSpeedEngine):
             client_optimizer,
             clip_grad=self.gradient_clipping(),
             data_parallel_group=mpu.get_data_parallel_group(),
+            expert_data_parallel_group=expert_data_parallel_group(),
+            expert_parallel_group=expert_parallel_group(),
             model_parallel_group=mpu.get_model_parallel_group(),
             tensor_parallel_rank=mpu.get_tensor_model_parallel_rank(),
             loss_scaler=CreateLossScaler(
@@ -160,6 +175,16 @@ def has_optimizer_offload(deepspeed_json: Mapping[str, Any]) -> bool:
     return offload.get("device", "none") != "none"
 
 
+class _Init(deepspeed.zero.Init):
+    """Shards experts that expert parallelism divides over the ranks that have the same ones."""
+
+    def _convert_to_deepspeed_param(self, param: Any) -> None:
+        if is_expert_parallel(param):
+            # What partition_parameters.py:1302 (0.19.8) takes in place of the context's group.
+            param.ds_zero_partition_process_group = expert_data_parallel_group()
+        super()._convert_to_deepspeed_param(param)
+
+
 def partitioned_construction(deepspeed_json: Mapping[str, Any], dtype: torch.dtype) -> Callable[[], Any]:
     """A context in which ZeRO-3 shards every parameter over the data-parallel group as soon as it is made."""
     config = engine_config(deepspeed_json)
@@ -169,9 +194,7 @@ def partitioned_construction(deepspeed_json: Mapping[str, Any], dtype: torch.dty
     def enter() -> Any:
         initialize_communication()
         mpu = DeepSpeedMpu()
-        context = deepspeed.zero.Init(
-            data_parallel_group=mpu.get_data_parallel_group(), config_dict_or_path=config, mpu=mpu
-        )
+        context = _Init(data_parallel_group=mpu.get_data_parallel_group(), config_dict_or_path=config, mpu=mpu)
         # Given as an argument it would be bf16 wherever fp16 is not supported, whatever was asked for: a conditional
         # expression without brackets (runtime/zero/partition_parameters.py:409 of 0.19.8).
         context.dtype = dtype

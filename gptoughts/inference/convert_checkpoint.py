@@ -39,8 +39,13 @@ def build_parser() -> argparse.ArgumentParser:
         required=True,
         help="what engine.save_checkpoint was given (its newest tag), or one tag's folder",
     )
-    for way in (to_ours, to_theirs, to_whole):
+    to_layout = ways.add_parser("reshard", help="a checkpoint in files that are divided for another layout")
+    to_layout.add_argument("--input", type=Path, required=True, help="a run (its newest checkpoint), or a checkpoint")
+    to_layout.add_argument("--target_tensor_parallel", type=int, default=1, help="ranks that divide each layer")
+    to_layout.add_argument("--target_pipeline_parallel", type=int, default=1, help="stages that divide the layers")
+    for way in (to_ours, to_theirs, to_whole, to_layout):
         way.add_argument("--output", type=Path, required=True, help="folder to make; must not exist")
+    for way in (to_ours, to_theirs, to_whole):
         way.add_argument("--max_file_gb", type=float, default=5.0, help="size of one file of weights, 1e9 bytes")
     for way in (to_ours, to_theirs):
         way.add_argument(
@@ -56,22 +61,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         GptoughtsError: whatever the user can mend.
     """
     arguments = build_parser().parse_args(argv)
-    if not arguments.max_file_gb > 0:
+    if not getattr(arguments, "max_file_gb", 1.0) > 0:
         raise ConfigError(f"max_file_gb={arguments.max_file_gb} (command line): must be greater than 0")
     if getattr(arguments, "verify", None) == "":
         raise ConfigError("verify='' (command line): is empty; give at least one character")
     from gptoughts.platform.startup import prepare_process
 
     prepare_process()
-    _print_summary(_WAYS[arguments.way](arguments, int(arguments.max_file_gb * 1e9)), arguments.way)
+    _print_summary(_WAYS[arguments.way](arguments), arguments.way)
     return 0
 
 
-def _with_hugging_face(arguments: argparse.Namespace, num_bytes: int) -> Conversion:
+def _with_hugging_face(arguments: argparse.Namespace) -> Conversion:
     from gptoughts.checkpoint.huggingface.exporting import export_model
     from gptoughts.checkpoint.huggingface.importing import import_model
 
     source, output, text = arguments.input, arguments.output, arguments.verify
+    num_bytes = int(arguments.max_file_gb * 1e9)
     if arguments.way == "hf-to-gptoughts":
         check = _check(text, lambda made: (made, source))
         return import_model(
@@ -81,16 +87,24 @@ def _with_hugging_face(arguments: argparse.Namespace, num_bytes: int) -> Convers
     return export_model(source, output, dtype=_DTYPES[arguments.dtype], max_file_bytes=num_bytes, check=check)
 
 
-def _from_zero(arguments: argparse.Namespace, num_bytes: int) -> Conversion:
+def _from_zero(arguments: argparse.Namespace) -> Conversion:
     from gptoughts.checkpoint.zero_to_whole import write_whole_weights
 
-    return write_whole_weights(arguments.input, arguments.output, max_file_bytes=num_bytes)
+    return write_whole_weights(arguments.input, arguments.output, max_file_bytes=int(arguments.max_file_gb * 1e9))
 
 
-_WAYS: dict[str, Callable[[argparse.Namespace, int], Conversion]] = {
+def _reshard(arguments: argparse.Namespace) -> Conversion:
+    from gptoughts.checkpoint.reshard import Target, reshard
+
+    target = Target(arguments.target_tensor_parallel, arguments.target_pipeline_parallel)
+    return reshard(arguments.input, arguments.output, target)
+
+
+_WAYS: dict[str, Callable[[argparse.Namespace], Conversion]] = {
     "hf-to-gptoughts": _with_hugging_face,
     "gptoughts-to-hf": _with_hugging_face,
     "zero-to-whole": _from_zero,
+    "reshard": _reshard,
 }
 
 

@@ -40,7 +40,9 @@ def finish_step(chunks: Sequence[nn.Module], *, is_applied: bool) -> dict[str, f
     if config.num_moe_experts is None:
         return {}
     routers = {index: router for chunk in chunks for index, router in expert_routers(chunk).items()}
-    counts = torch.zeros(config.num_layers, config.num_moe_experts, dtype=torch.int64, device=device.current_device())
+    # Layers of multi-token prediction are numbered after the decoder's, on every stage's account.
+    num_layers = config.num_layers + int(getattr(chunks[0], "mtp_num_layers", 0))
+    counts = torch.zeros(num_layers, config.num_moe_experts, dtype=torch.int64, device=device.current_device())
     for index, router in routers.items():
         counts[index] = router.take_counts()
     # A layer is on the ranks of one stage: the sum over the world is the sum over these. Without sequence parallelism

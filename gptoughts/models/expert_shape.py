@@ -44,6 +44,9 @@ class ExpertFields(ModelConfig):
     """Coefficient of the sequence-wise balance loss; 0: none."""
     moe_z_loss_coeff: float = 0.0
     """Coefficient of the mean squared log-sum-exp of the router's logits; 0: none."""
+    moe_token_dispatcher_type: Literal["allgather", "alltoall"] = "alltoall"
+    """How tokens reach experts on other expert-parallel ranks (``parallel.expert`` of 2 or more): every rank gets all
+    tokens, or each token goes where its experts are. The result is the same."""
 
     def problems(self) -> list[str]:
         """Everything about this shape that cannot be built, one line each."""
@@ -103,6 +106,15 @@ class ExpertFields(ModelConfig):
             "moe_ffn_hidden_size": self.moe_ffn_hidden_size,
             **({"moe_shared_expert_intermediate_size": shared} if shared else {}),
         }
+
+    def expert_parallel_divisors(self) -> dict[str, int]:
+        """The routed experts."""
+        return {"num_moe_experts": self.num_moe_experts}
+
+    def expert_parallel_parameters(self) -> int:
+        """Parameters of the routed experts of all layers."""
+        with_experts = self.num_layers - self.first_k_dense_layers
+        return with_experts * self.num_moe_experts * 3 * self.hidden_size * self.moe_ffn_hidden_size
 
     def layer_parameters(self) -> int:
         """Parameters of one layer with experts, its two norms included (the router's bias is a buffer)."""

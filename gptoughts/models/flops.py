@@ -8,6 +8,7 @@ of which a causal mask needs half. An objective that predicts only some position
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from gptoughts.config.experiment import ParallelConfig
@@ -21,11 +22,15 @@ class ParameterCount:
     """Parameters of one model, the vocabulary's padding included."""
 
     total: int
-    """All parameters."""
+    """All parameters but multi-token prediction's."""
     embedding: int
     """The embedding matrix (also the output layer's where they are tied)."""
     active: int
     """Parameters that a token is multiplied with: without the embedding, with the output layer, chosen experts only."""
+    mtp: int = 0
+    """Parameters of multi-token prediction, which share the model's embedding and output layer."""
+    active_mtp: int = 0
+    """Those of them that a token is multiplied with in training, the output layer once per depth."""
 
 
 def count_parameters(family: Family, model: ModelConfig) -> ParameterCount:
@@ -33,7 +38,13 @@ def count_parameters(family: Family, model: ModelConfig) -> ParameterCount:
     assert family.holds(model), f"{type(model).__name__} is no shape of family {family.name}"
     embedding = model.embedding_parameters()
     active = embedding + model.active_layers_parameters() + model.hidden_size
-    return ParameterCount(total=model.total_parameters(), embedding=embedding, active=active)
+    return ParameterCount(
+        total=model.total_parameters(),
+        embedding=embedding,
+        active=active,
+        mtp=model.mtp_parameters(),
+        active_mtp=model.active_mtp_parameters() + model.mtp_depths() * embedding,
+    )
 
 
 @dataclass(frozen=True)
@@ -62,7 +73,7 @@ class StageParameters:
 
 
 def stage_parameters(model: ModelConfig, parallel: ParallelConfig) -> list[StageParameters]:
-    """Parameters of each pipeline stage; a tied embedding belongs to the first one.
+    """Parameters of each pipeline stage; a tied embedding belongs to the first one, multi-token prediction to the last.
 
     Args:
         model: A shape without problems.
@@ -76,26 +87,40 @@ def stage_parameters(model: ModelConfig, parallel: ParallelConfig) -> list[Stage
         routed = sum(map(model.routed_parameters_of_layer, layers))
         matrices = is_first + (is_last and model.untie_embeddings_and_output_weights)
         total = sum(map(model.parameters_of_layer, layers)) + matrices * model.embedding_parameters()
-        total += is_last * model.hidden_size
+        total += is_last * (model.hidden_size + model.mtp_parameters())
+        if is_last and model.mtp_depths():
+            behind = model.num_layers  # its layers are like those at the top of the model
+            routed += model.mtp_depths() * model.routed_parameters_of_layer(behind)
+            ends = 2 * model.hidden_size**2 + 3 * model.hidden_size
+            replicated += model.mtp_depths() * (model.replicated_parameters_of_layer(behind) + ends)
         found.append(StageParameters(total - replicated - routed, replicated, routed))
     return found
 
 
-def flops_of_layers_per_token(family: Family, model: ModelConfig, layers: list[int], seq_length: int) -> int:
-    """Floating-point operations of forward and backward per token of some layers, without the ends of the model."""
-    attention = 6 * len(layers) * seq_length * model.attention_width()
-    return 6 * sum(map(model.active_parameters_of_layer, layers)) + (attention // 2 if family.is_causal else attention)
+def flops_of_layers_per_token(family: Family, model: ModelConfig, layers: Sequence[int], seq_length: int) -> int:
+    """Floating-point operations of forward and backward per token of some layers, by their indices."""
+    active = sum(map(model.active_parameters_of_layer, layers))
+    return 6 * active + len(layers) * _attention_scores(family, model, seq_length)
 
 
-def flops_of_output_layer_per_token(model: ModelConfig) -> int:
-    """Floating-point operations of forward and backward per token of the final norm and the output layer."""
-    embedding = model.embedding_parameters()
+def flops_of_ends_per_token(family: Family, model: ModelConfig, seq_length: int) -> int:
+    """The same of what the last stage has beside layers: final norm, output layer, multi-token prediction."""
+    embedding, depths = model.embedding_parameters(), model.mtp_depths()
     unneeded = round((1.0 - model.output_layer_fraction()) * embedding)
-    return 6 * (embedding + model.hidden_size - unneeded)
+    active = (1 + depths) * embedding - unneeded + model.hidden_size + model.active_mtp_parameters()
+    return 6 * active + depths * _attention_scores(family, model, seq_length)
+
+
+def _attention_scores(family: Family, model: ModelConfig, seq_length: int) -> int:
+    """Of one layer's scores and weighted values, per token."""
+    whole = 6 * seq_length * model.attention_width()
+    return whole // 2 if family.is_causal else whole
 
 
 def flops_per_token(family: Family, model: ModelConfig, seq_length: int) -> int:
     """Floating-point operations of forward and backward per token at ``seq_length`` tokens per sequence."""
     assert family.holds(model), f"{type(model).__name__} is no shape of family {family.name}"
-    layers = list(range(model.num_layers))
-    return flops_of_layers_per_token(family, model, layers, seq_length) + flops_of_output_layer_per_token(model)
+    layers = range(model.num_layers)
+    return flops_of_layers_per_token(family, model, layers, seq_length) + flops_of_ends_per_token(
+        family, model, seq_length
+    )

@@ -48,20 +48,26 @@ def assign(experts: Tensor, num_experts: int) -> Assignment:
 
 
 class GroupedExperts(MegatronModule):
-    """All routed experts of a layer.
+    """The routed experts of a layer that this rank holds.
 
     Args:
         config: megatron-core's configuration.
         num_experts: How many.
         tensor_parallel_size: Ranks over which every expert's width is divided.
+        expert_parallel_size: Ranks over which the layer's experts are divided.
     """
 
-    def __init__(self, config: TransformerConfig, num_experts: int, tensor_parallel_size: int) -> None:
+    def __init__(
+        self, config: TransformerConfig, num_experts: int, tensor_parallel_size: int, expert_parallel_size: int = 1
+    ) -> None:
         super().__init__(config)
         width = config.moe_ffn_hidden_size // tensor_parallel_size
         where = {"device": device.current_device(), "dtype": config.params_dtype}
         self.linear_fc1_weight = Parameter(torch.empty(num_experts, 2 * width, config.hidden_size, **where))
         self.linear_fc2_weight = Parameter(torch.empty(num_experts, config.hidden_size, width, **where))
+        if expert_parallel_size > 1:
+            for weight in (self.linear_fc1_weight, self.linear_fc2_weight):
+                weight.allreduce = False  # type: ignore[attr-defined]  # see parallel/partition.py
         if tensor_parallel_size > 1:
             # gate and up are divided each by itself: stride 2.
             for weight, dim, stride in ((self.linear_fc1_weight, 1, 2), (self.linear_fc2_weight, 2, 1)):
@@ -114,7 +120,7 @@ class _GroupedSwiGLU(torch.autograd.Function):
         gate, up = gate_up.chunk(2, dim=-1)
         pair_gates = gates.reshape(-1, 1).index_select(0, assignment.order)
         middle = F.silu(gate).mul_(up).mul_(pair_gates.to(x.dtype))
-        ctx.assignment = assignment
+        ctx.assignment, ctx.k = assignment, k
         ctx.save_for_backward(x, gate_up, pair_gates, w1, w2)
         return _summed_choices(_products(middle, w2, assignment.counts, transposed=True), assignment, k)
 
@@ -123,7 +129,7 @@ class _GroupedSwiGLU(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, None]:
         x, gate_up, pair_gates, w1, w2 = ctx.saved_tensors
         assignment: Assignment = ctx.assignment
-        counts, k = assignment.counts, pair_gates.size(0) // x.size(0)
+        counts, k = assignment.counts, ctx.k
         token = assignment.order // k
         gate, up = gate_up.chunk(2, dim=-1)
         low_gates = pair_gates.to(x.dtype)

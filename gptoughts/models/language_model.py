@@ -25,6 +25,7 @@ from torch.nn import Parameter
 from gptoughts.config.experiment import ExperimentConfig
 from gptoughts.models.cross_entropy import cross_entropy
 from gptoughts.models.initialization import Gathered, initialize_parameters, keep_as_is
+from gptoughts.models.multi_token_prediction import MultiTokenInputs, MultiTokenPrediction
 from gptoughts.models.rotary import rotary_table
 from gptoughts.parallel import groups
 from gptoughts.parallel.shared_embedding import copy_of_embedding
@@ -39,6 +40,8 @@ _LAYER = re.compile(r"(?<=decoder\.layers\.)\d+(?=\.)")
 class LanguageModel(GPTModel):
     """A decoder with rotary positions.
 
+    Its module ``mtp`` exists where there is multi-token prediction only: megatron-core's schedules look for it by name.
+
     Args:
         config: megatron-core's configuration.
         block_spec: Layers of this stage and the final norm.
@@ -49,6 +52,7 @@ class LanguageModel(GPTModel):
         rotary_frequencies: Radians per position of each pair where they are scaled; unset: the base's.
         rotary_amplitude: What their cos and sin are multiplied by.
         share_embeddings_and_output_weights: One matrix for both ends.
+        mtp_num_layers: Depths of multi-token prediction, with layers like the last of ``block_spec``.
         pre_process: This stage embeds tokens.
         post_process: This stage makes logits.
         vp_stage: Virtual pipeline stage.
@@ -66,6 +70,7 @@ class LanguageModel(GPTModel):
         share_embeddings_and_output_weights: bool,
         rotary_frequencies: tuple[float, ...] | None = None,
         rotary_amplitude: float = 1.0,
+        mtp_num_layers: int = 0,
         pre_process: bool = True,
         post_process: bool = True,
         vp_stage: int | None = None,
@@ -92,6 +97,11 @@ class LanguageModel(GPTModel):
         if share_embeddings_and_output_weights and post_process and not pre_process:
             self.embedding_copy = _without_parameter(self.output_layer, config.params_dtype)
         self.shares_embedding = share_embeddings_and_output_weights and pre_process != post_process
+        self.mtp_num_layers = mtp_num_layers
+        if mtp_num_layers and post_process:
+            assert pre_process, "multi-token prediction needs the embedding where the output layer is"
+            layer, norm = block_spec.layer_specs[-1], block_spec.layer_norm
+            self.mtp = MultiTokenPrediction(config, mtp_num_layers, layer, norm, vp_stage=vp_stage)
 
     def forward(  # type: ignore[override]
         self,
@@ -116,29 +126,43 @@ class LanguageModel(GPTModel):
             is_padding: bool [b, s], positions that routers of experts do not count; unset: there are none.
 
         Returns:
-            fp32 [b, s] nats with labels; logits [b, s, whole vocabulary] without; [s, b, h] before the last stage.
+            With labels fp32 [b, s] nats, or, where a model with multi-token prediction trains, [1 + depths, b, s], the
+            main model's first; logits [b, s, whole vocabulary] without; [s, b, h] before the last stage.
 
         Collective: tensor-parallel group.
         """
         assert input_ids is not None, "every stage gets the tokens: their shape gives the positions"
         hidden_states = self.embedding(input_ids=input_ids, position_ids=None) if self.pre_process else None
+        layer_inputs = {
+            "attention_mask": attention_mask,
+            "rotary_pos_emb": self._rotary_table(input_ids.size(1), position_ids),
+            "packed_seq_params": packed_seq_params,
+        }
         hidden_states = self.decoder(
-            hidden_states=hidden_states,
-            attention_mask=attention_mask,
-            rotary_pos_emb=self._rotary_table(input_ids.size(1), position_ids),
-            packed_seq_params=packed_seq_params,
-            padding_mask=self._own_positions(is_padding),
+            hidden_states=hidden_states, padding_mask=self.own_positions(is_padding), **layer_inputs
         )
         if not self.post_process:
             return hidden_states
-        weight = self.embedding_copy
-        if self.share_embeddings_and_output_weights:
-            weight = self.shared_embedding_or_output_weight()
-        if labels is not None and selected_positions is not None:
-            return self._selected_loss(hidden_states, labels, selected_positions, weight)
-        logits, _ = self.output_layer(hidden_states, weight=weight)
         if labels is None:
+            logits, _ = self.output_layer(hidden_states, weight=self._tied_weight())
             return gather_from_tensor_model_parallel_region(logits).transpose(0, 1)
+        loss = self.token_loss(hidden_states, labels, selected_positions)
+        if not self.mtp_num_layers or not self.training:
+            return loss
+        inputs = MultiTokenInputs(input_ids, labels, selected_positions, is_padding)
+        return torch.stack([loss, *self.mtp.losses(self, hidden_states, inputs, layer_inputs)])
+
+    def _tied_weight(self) -> Tensor | None:
+        """The output layer's matrix where it is not its own."""
+        if self.share_embeddings_and_output_weights:
+            return self.shared_embedding_or_output_weight()
+        return self.embedding_copy
+
+    def token_loss(self, hidden_states: Tensor, labels: Tensor, selected_positions: Tensor | None) -> Tensor:
+        """fp32 [b, s] of hidden states [s, b, h]. Collective: tensor-parallel group."""
+        if selected_positions is not None:
+            return self._selected_loss(hidden_states, labels, selected_positions, self._tied_weight())
+        logits, _ = self.output_layer(hidden_states, weight=self._tied_weight())
         return self.compute_language_model_loss(labels, logits)
 
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
@@ -166,7 +190,7 @@ class LanguageModel(GPTModel):
             return None
         return self.embedding.word_embeddings.weight if self.pre_process else self.embedding_copy
 
-    def _own_positions(self, is_padding: Tensor | None) -> Tensor | None:
+    def own_positions(self, is_padding: Tensor | None) -> Tensor | None:
         """This rank's part of [b, s] under sequence parallelism, the whole elsewhere."""
         if is_padding is None or not self.config.sequence_parallel:
             return is_padding
@@ -238,6 +262,7 @@ def build_language_model(
     transformer_config: TransformerConfig,
     block_spec: TransformerBlockSubmodules,
     *,
+    mtp_num_layers: int = 0,
     pre_process: bool = True,
     post_process: bool = True,
     vp_stage: int | None = None,
@@ -250,6 +275,7 @@ def build_language_model(
         config: The run.
         transformer_config: Its model in megatron-core's terms.
         block_spec: Layers of this stage and the final norm.
+        mtp_num_layers: Depths of multi-token prediction.
         pre_process: This stage embeds tokens.
         post_process: This stage makes logits.
         vp_stage: Virtual pipeline stage.
@@ -270,6 +296,7 @@ def build_language_model(
             rotary_frequencies=model.rotary_frequencies(),
             rotary_amplitude=model.rotary_amplitude(),
             share_embeddings_and_output_weights=not model.untie_embeddings_and_output_weights,
+            mtp_num_layers=mtp_num_layers,
             pre_process=pre_process,
             post_process=post_process,
             vp_stage=vp_stage,
@@ -281,6 +308,8 @@ def build_language_model(
         num_layers=model.num_layers,
         tensor_parallel_rank=groups.tensor_parallel_rank(),
         tensor_parallel_size=groups.tensor_parallel_size(),
+        expert_parallel_rank=groups.expert_parallel_rank(),
+        expert_parallel_size=groups.expert_parallel_size(),
         gathered=gathered,
     )
     return language_model

@@ -4,6 +4,9 @@ With tensor parallelism each expert's width is divided, as a dense layer's is, a
 summed; under sequence parallelism tokens are gathered before and scattered with the sum. Router and gates are computed
 where the tokens are, so that the router's gradient is a part (summed with the other sequence-parallel ones) or whole.
 
+With expert parallelism a rank holds some of the experts whole (or its part of their width), and tokens travel between
+ranks of different samples: ``models.token_dispatch``.
+
 Legend: s sequence on this rank, b microbatch, h hidden, k experts per token.
 """
 
@@ -25,12 +28,13 @@ from torch import Tensor, nn
 
 from gptoughts.models.grouped_experts import GroupedExperts, assign
 from gptoughts.models.router import ExpertRouter
+from gptoughts.models.token_dispatch import DISPATCHERS
 
 
 class MixtureOfExperts(BaseMoELayer):
-    """megatron-core's expert layer on one expert-parallel rank.
+    """megatron-core's expert layer with a forward of ours.
 
-    Its own forward dispatches tokens through masks of [tokens, experts] and refuses tensor parallelism without sequence
+    Its own dispatches tokens through masks of [tokens, experts] and refuses tensor parallelism without sequence
     parallelism (transformer/moe/moe_layer.py:379, 0.16.1); here tokens are sorted, and both are exact.
 
     Args:
@@ -48,9 +52,8 @@ class MixtureOfExperts(BaseMoELayer):
     ) -> None:
         groups = get_default_pg_collection()
         super().__init__(config=config, pg_collection=groups)
-        assert self.ep_group.size() == 1, "the configuration refuses expert parallelism"
         self.router: ExpertRouter = router(config, groups)
-        self.experts = GroupedExperts(config, self.num_local_experts, groups.tp.size())
+        self.experts = GroupedExperts(config, self.num_local_experts, groups.tp.size(), self.ep_group.size())
         self.shared_experts = shared_experts(config, groups.tp) if shared_experts is not None else None
 
     def forward(  # type: ignore[override]
@@ -58,7 +61,7 @@ class MixtureOfExperts(BaseMoELayer):
     ) -> tuple[Tensor, None]:
         """[s, b, h] to [s, b, h] and no bias; padding (bool [b, s]) does not count in the experts' balance.
 
-        Collective: tensor-parallel group.
+        Collective: tensor- and expert-parallel group.
         """
         given = sorted(name for name, value in upstream_options.items() if value is not None)
         if given:
@@ -85,8 +88,13 @@ class MixtureOfExperts(BaseMoELayer):
             hidden_states, gates = (
                 copy_to_tensor_model_parallel_region(x, group=group) for x in (hidden_states, gates)
             )
-        assignment = assign(chosen, self.config.num_moe_experts)
-        output = self.experts(hidden_states.reshape(-1, h), gates, assignment).view(-1, b, h)
+        tokens = hidden_states.reshape(-1, h)
+        if self.ep_group.size() == 1:
+            output = self.experts(tokens, gates, assign(chosen, self.config.num_moe_experts))
+        else:
+            dispatch = DISPATCHERS[self.config.moe_token_dispatcher_type]
+            output = dispatch(tokens, gates, chosen, self.experts, self.num_local_experts, self.ep_group)
+        output = output.view(-1, b, h)
         if is_sequence_divided:
             return reduce_scatter_to_sequence_parallel_region(output, group=group)
         return reduce_from_tensor_model_parallel_region(output, group=group) if is_divided else output

@@ -61,6 +61,7 @@ def _expert_fields(model: ExpertFields) -> dict[str, Any]:
         "moe_aux_loss_coeff": model.moe_aux_loss_coeff,
         "moe_z_loss_coeff": model.moe_z_loss_coeff,
         "moe_router_dtype": "fp32",
+        "moe_token_dispatcher_type": model.moe_token_dispatcher_type,
     }
 
 
@@ -109,6 +110,8 @@ def _common_fields(model: ModelConfig, parallel: ParallelConfig, params_dtype: t
         "fp16": params_dtype is torch.float16,
         "tensor_model_parallel_size": parallel.tensor,
         "pipeline_model_parallel_size": parallel.pipeline,
+        "expert_model_parallel_size": parallel.expert,
+        "expert_tensor_parallel_size": parallel.tensor,
         "sequence_parallel": parallel.sequence,
         **_pipeline_fields(model, parallel),
         # jit and CUDA features, chosen where they exist; on a CPU our own kernels stand in their place.

@@ -6,8 +6,8 @@ p_i, and
     loss = sum_i (1 / p_i) sum_(j masked) -log p(x_ij | masked row i)  /  number of positions,
 
 an upper bound of the negative log-likelihood per token in expectation (SMDM, arXiv:2410.18514, section 2). Labels are
-not shifted: a position predicts its own token. A few samples are cut to a random length; rows keep their shape, the
-positions beyond the end are hidden from attention and count nowhere.
+not shifted: a position predicts its own token (unless ``is_shifted``). A few samples are cut to a random length; rows
+keep their shape, the positions beyond the end are hidden from attention and count nowhere.
 
 All randomness comes from Philox (Salmon et al., SC 2011), a counter-based generator keyed by (seed, global sample
 index): no layout, microbatch or resumption can change it.
@@ -66,6 +66,9 @@ class MaskedDiffusion:
     stratified_samples: int | None = None
     """Low-discrepancy levels: of every so many consecutive samples (the global batch B), sample i has level
     (u + i / B) mod 1 with one u for all of them. Unset: levels are independent."""
+    is_shifted: bool = False
+    """The output at position i predicts token i + 1, as a next-token model's does (DiffuLLaMA, arXiv:2410.17891,
+    section 3.2; Dream, arXiv:2508.15487): nothing predicts a row's first token, which is never masked nor counted."""
 
     num_extra_tokens = 0
 
@@ -81,19 +84,24 @@ class MaskedDiffusion:
         lengths = torch.tensor([length for length, _, _ in noise])
         probability = torch.tensor([p for _, p, _ in noise], dtype=torch.float64)
         positions = torch.arange(s)
-        is_counted = positions < lengths[:, None]
-        is_cut = not bool(is_counted.all())
+        is_inside = positions < lengths[:, None]
+        is_counted = is_inside & (positions >= int(self.is_shifted))
         is_masked = torch.from_numpy(np.stack([masked for _, _, masked in noise])) & is_counted
+        is_cut = not bool(is_inside.all())
+        inputs = tokens.masked_fill(is_masked, self.mask_token_id)
+        labels = tokens
+        if self.is_shifted:
+            labels, is_masked, is_counted = (x.roll(-1, dims=1) for x in (tokens, is_masked, is_counted))
         return ModelInputs(
-            input_ids=tokens.masked_fill(is_masked, self.mask_token_id),
+            input_ids=inputs,
             position_ids=positions.expand(b, -1),
-            labels=tokens,
+            labels=labels,
             loss_weights=(is_masked / probability[:, None]).float(),
-            denominator=lengths.sum().double(),
+            denominator=is_counted.sum().double(),
             is_counted=is_counted,
             selected_positions=select_positions(is_masked),
-            attention_mask=~is_counted[:, None, None, :] if is_cut else None,
-            is_padding=~is_counted if is_cut else None,
+            attention_mask=~is_inside[:, None, None, :] if is_cut else None,
+            is_padding=~is_inside if is_cut else None,
         )
 
     def reduce(self, per_token_loss: Tensor, loss_weights: Tensor) -> Tensor:
@@ -119,7 +127,8 @@ class MaskedDiffusion:
             shared = uniform_draws(self.seed, _BATCH_STREAM, batch, 1)[0]
             level = (shared + row / self.stratified_samples) % 1.0
         probability = float((1.0 - self.epsilon) * level + self.epsilon)
-        length = 1 + int(draws[2] * s) if draws[1] < self.random_length_probability else s
+        shortest = 1 + int(self.is_shifted)
+        length = shortest + int(draws[2] * (s - shortest + 1)) if draws[1] < self.random_length_probability else s
         return length, probability, draws[_FIRST_POSITION:] < probability
 
 

@@ -32,7 +32,7 @@ def initialize(parallel: ParallelConfig, *, seed: int) -> None:
         seed: The run's seed.
 
     Raises:
-        ConfigError: the world size is not divisible by tensor x pipeline.
+        ConfigError: the world size is not divisible by tensor x pipeline, or what is left not by expert.
         PlatformError: unsupported megatron-core, or fewer devices than ranks.
 
     Collective: every rank of the world.
@@ -49,11 +49,19 @@ def initialize(parallel: ParallelConfig, *, seed: int) -> None:
             f"parallel.tensor={parallel.tensor} x parallel.pipeline={parallel.pipeline}: the world size "
             f"{dist.get_world_size()} is not divisible by {model_ranks}"
         )
+    replicas = dist.get_world_size() // model_ranks
+    if replicas % parallel.expert:
+        raise ConfigError(
+            f"parallel.expert={parallel.expert}: the {replicas} data-parallel ranks are not divisible by it"
+        )
     _destroy_model_parallel()
     before = _existing_groups()
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
+        # Each expert's width is divided over the tensor-parallel ranks, as everything else is.
+        expert_model_parallel_size=parallel.expert,
+        expert_tensor_parallel_size=parallel.tensor,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
         distributed_timeout_minutes=math.ceil(parallel.timeout_seconds / 60),
         create_gloo_process_groups=device.is_cuda(),
@@ -135,6 +143,20 @@ def tensor_parallel_group() -> dist.ProcessGroup:
     from megatron.core import parallel_state
 
     return parallel_state.get_tensor_model_parallel_group()
+
+
+def expert_parallel_size() -> int:
+    """Ranks that share each layer's routed experts."""
+    from megatron.core import parallel_state
+
+    return int(parallel_state.get_expert_model_parallel_world_size())
+
+
+def expert_parallel_rank() -> int:
+    """Which of the equal shares of the experts this rank holds."""
+    from megatron.core import parallel_state
+
+    return int(parallel_state.get_expert_model_parallel_rank())
 
 
 def pipeline_parallel_size() -> int:

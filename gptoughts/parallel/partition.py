@@ -1,8 +1,12 @@
-"""How one tensor is divided over tensor-parallel ranks, and put together again.
+"""How one tensor is divided over tensor- and expert-parallel ranks, and put together again.
 
 megatron-core marks a divided parameter with ``partition_dim`` and ``partition_stride``. With stride 1 rank r holds the
 r-th of equal slices. With stride k the tensor is k blocks one after the other (SwiGLU's gate and up: k = 2), every
 block is divided by itself, and a rank holds its slice of each block in turn.
+
+Weights of routed experts have the expert as their first dimension. Expert parallelism divides that one, into equal runs
+of experts; no other axis divides it. megatron-core marks such a parameter with ``allreduce = False``: data-parallel
+ranks hold different ones, so that its gradient is not summed over all of them.
 """
 
 from __future__ import annotations
@@ -11,6 +15,11 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+
+def is_expert_parallel(parameter: Tensor) -> bool:
+    """Whether expert-parallel ranks hold different experts in this parameter. Collective: none."""
+    return not getattr(parameter, "allreduce", True)
 
 
 def split(full: Tensor, dim: int | None, stride: int, rank: int, size: int) -> Tensor:

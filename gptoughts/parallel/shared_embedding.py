@@ -5,7 +5,7 @@ computes with a copy that is no parameter. In each step the copy's gradient, sum
 added to what the first stage accumulates in its last backward, ahead of any hook of ZeRO's; after the update the copy
 is written anew. So both are equal to the bit at every ZeRO stage, and the sum is the one that a single stage would
 have. (megatron-core keeps two parameters and adds up their gradients after the last backward,
-distributed/finalize_model_grads.py:160 of 0.16.1, when ZeRO 2 and 3 have divided and thrown away whole gradients.)
+distributed/finalize_model_grads.py:164 of 0.16.1, when ZeRO 2 and 3 have divided and thrown away whole gradients.)
 
 The order cannot block: the first stage's last backward of a step comes after all backwards of all other stages.
 

@@ -25,7 +25,7 @@ of queries and keys of MLA, dv of its values, f feed-forward width, e experts, k
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from gptoughts.config.experiment import ExperimentConfig, ParallelConfig
@@ -60,11 +60,12 @@ class Microbatch:
         return self.tokens // self.tensor if self.is_sequence_divided else self.tokens
 
 
-def microbatch(config: ExperimentConfig, expert: int = 1) -> Microbatch:
+def microbatch(config: ExperimentConfig) -> Microbatch:
     """The microbatch of a resolved configuration."""
+    parallel = config.parallel
     precision = config.train.precision or "bf16"
     tokens = (config.block_size or config.model.seq_length) * (config.batch_size or 1)
-    return Microbatch(tokens, config.parallel.tensor, config.parallel.sequence, expert, WIDTHS[precision])
+    return Microbatch(tokens, parallel.tensor, parallel.sequence, parallel.expert, WIDTHS[precision])
 
 
 def layer_bytes(model: ModelConfig, index: int, batch: Microbatch) -> int:
@@ -90,8 +91,7 @@ def _grouped_query_attention(model: GPTConfig, batch: Microbatch) -> int:
     filled = model.filled()
     heads, groups, size = model.num_attention_heads, filled.num_query_groups, filled.kv_channels
     assert groups is not None and size is not None
-    kept = (3 * heads + 3 * groups) * size - heads * size  # projection np + 2 ng, turned np + ng
-    kept += heads * size  # output
+    kept = (3 * heads + 3 * groups) * size  # projection np + 2 ng, turned np + ng, output np
     inverses = (heads + groups) * _FP32 if model.qk_layernorm else 0
     # Grouped queries are no view of the projection: their norm keeps a copy.
     copied = heads * size if model.qk_layernorm and heads != groups else 0
@@ -173,21 +173,53 @@ def last_stage_bytes(model: ModelConfig, batch: Microbatch, output_fraction: flo
     return norm + inputs + logits + loss
 
 
-def chunks_in_flight(parallel: ParallelConfig, stage: int, num_microbatches: int) -> list[int]:
-    """Of each of a stage's chunks, how many microbatches wait for their backward when most of them do.
+def multi_token_bytes(model: ModelConfig, batch: Microbatch, output_fraction: float = 1.0) -> int:
+    """What the depths of multi-token prediction keep, each with logits of its own."""
+    if not model.mtp_depths():
+        return 0
+    h, own = model.hidden_size, batch.own_tokens
+    # The embedding and its norm, the other norm's inverse, and [embedding ; state] ahead of their projection.
+    entrance = own * (3 * h * batch.width + 2 * _FP32) + first_stage_bytes(batch)
+    layer = layer_bytes(model, model.num_layers, batch)
+    return model.mtp_depths() * (entrance + layer + last_stage_bytes(model, batch, output_fraction))
 
-    1F1B: stage i of P has run at most P - i forwards when its first backward comes (arXiv:2104.04473, section 2.2).
-    Interleaved, 2 (P - i - 1) + (V - 1) P + 1 of a chunk, P microbatches through a chunk and then through the next one
+
+def forwards_in_flight(parallel: ParallelConfig, stage: int, num_microbatches: int) -> int:
+    """Forwards of chunks that a stage has run when its first backward comes.
+
+    1F1B: stage i of P at most P - i (arXiv:2104.04473, section 2.2). Interleaved: 2 (P - i - 1) + (V - 1) P + 1
     (megatron-core 0.16.1, pipeline_parallel/schedules.py:773).
     """
     stages, chunks = parallel.pipeline, parallel.virtual_pipeline
     if chunks == 1:
-        return [min(num_microbatches, stages - stage)]
-    forwards = min(num_microbatches * chunks, 2 * (stages - stage - 1) + (chunks - 1) * stages + 1)
-    found = [0] * chunks
-    for forward in range(forwards):
-        found[forward % (stages * chunks) // stages] += 1
-    return found
+        return min(num_microbatches, stages - stage)
+    return min(num_microbatches * chunks, 2 * (stages - stage - 1) + (chunks - 1) * stages + 1)
+
+
+def fullest_bytes(chunk_bytes: Sequence[int], parallel: ParallelConfig, stage: int, num_microbatches: int) -> int:
+    """Most that a stage keeps at any time of a step.
+
+    Args:
+        chunk_bytes: What one microbatch leaves in each of its chunks.
+        parallel: The layout.
+        stage: Which stage.
+        num_microbatches: Of a step.
+    """
+    stages, chunks = parallel.pipeline, parallel.virtual_pipeline
+    waiting = forwards_in_flight(parallel, stage, num_microbatches)
+    if chunks == 1:
+        return waiting * chunk_bytes[0]
+
+    def chunk_of(number: int) -> int:  # P microbatches through a chunk, then through the next one
+        return number % (stages * chunks) // stages
+
+    kept = most = sum(chunk_bytes[chunk_of(number)] for number in range(waiting))
+    # One backward, one forward, over a whole turn of the chunks.
+    for number in range(min(num_microbatches * chunks - waiting, stages * chunks)):
+        kept -= chunk_bytes[chunks - 1 - chunk_of(number)]
+        kept += chunk_bytes[chunk_of(waiting + number)]
+        most = max(most, kept)
+    return most
 
 
 def stage_activation_bytes(
@@ -195,24 +227,22 @@ def stage_activation_bytes(
 ) -> int:
     """What a rank of a stage keeps at its fullest, over all microbatches in flight."""
     model, parallel = config.model, config.parallel
-    chunks = stage_layers(model.num_layers, parallel)[stage]
-    total = 0
-    for number, (layers, count) in enumerate(
-        zip(chunks, chunks_in_flight(parallel, stage, num_microbatches), strict=True)
-    ):
-        kept = sum(layer_bytes(model, index, batch) for index in layers) + rotary_bytes(model, batch)
-        if stage == 0 and number == 0:
-            kept += first_stage_bytes(batch)
-        total += count * kept
+    chunks = [
+        sum(layer_bytes(model, index, batch) for index in layers) + rotary_bytes(model, batch)
+        for layers in stage_layers(model.num_layers, parallel)[stage]
+    ]
+    if stage == 0:
+        chunks[0] += first_stage_bytes(batch)
+    kept = fullest_bytes(chunks, parallel, stage, num_microbatches)
     if stage == parallel.pipeline - 1:
         # The loss's backward follows at once.
-        total += last_stage_bytes(model, batch, output_fraction)
-    return total
+        kept += last_stage_bytes(model, batch, output_fraction) + multi_token_bytes(model, batch, output_fraction)
+    return kept
 
 
 def pipeline_output_bytes(config: ExperimentConfig, batch: Microbatch, stage: int, num_microbatches: int) -> int:
     """Outputs that a stage has sent on and keeps until their backward."""
     if stage == config.parallel.pipeline - 1 and config.parallel.virtual_pipeline == 1:
         return 0
-    in_flight = sum(chunks_in_flight(config.parallel, stage, num_microbatches))
+    in_flight = forwards_in_flight(config.parallel, stage, num_microbatches)
     return in_flight * batch.own_tokens * config.model.hidden_size * batch.width

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from gptoughts.checkpoint.manager import CheckpointManager, PendingSave
+from gptoughts.objectives.multi_token import multi_token_figures
 from gptoughts.parallel import groups
 from gptoughts.training.evaluate import ValidationResult, Validator
 from gptoughts.training.metrics import MetricsFile
@@ -124,6 +125,7 @@ class MetricsCallback(Callback):
             "consumed_tokens": trainer.state.consumed_tokens,
             "memory_bytes": self._memory_bytes(),
             "seconds": trainer.state.seconds,
+            **multi_token_figures(newest.result.extras),
             **newest.result.figures,
         }
         if self._validation is not None:

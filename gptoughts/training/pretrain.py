@@ -21,10 +21,16 @@ def inspect(config: ExperimentConfig) -> Inspection:
     """Look at what the configuration names on disk: corpus, tokenizer, output folder, checkpoint."""
     problems: list[str] = []
     vocab_size: int | None = None
+    special_ids: dict[str, int] = {}
     if config.data.train:
         try:
             corpus = inspect_corpus(config.data, seq_length=config.block_size or config.model.seq_length)
             vocab_size = corpus.vocab_size
+            if corpus.tokenizer is not None and config.model.token_roles():
+                # Not above: --help needs no tokenizer.
+                from gptoughts.data.tokenizer import load_tokenizer
+
+                special_ids = load_tokenizer(corpus.tokenizer).special_ids()
             if vocab_size is None and corpus.max_token_id >= config.model.vocab_size:
                 problems.append(
                     f"model.vocab_size={config.model.vocab_size}: the corpus, which names no tokenizer, holds token id "
@@ -39,7 +45,7 @@ def inspect(config: ExperimentConfig) -> Inspection:
     if config.init_from is not None and not config.model.problems():
         problems += shape_contradictions(config.init_from, config.model)
     problems += _output_problems(Path(config.output_dir))
-    return Inspection(vocab_size=vocab_size, problems=problems)
+    return Inspection(vocab_size=vocab_size, problems=problems, special_ids=special_ids)
 
 
 def _output_problems(folder: Path) -> list[str]:

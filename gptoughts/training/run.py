@@ -139,7 +139,7 @@ def _run(experiment: Experiment, run_folder: Path, stop: StopRequests, extra_cal
         if config.init_from is not None:
             console.print(f"init_from {config.init_from} is not read again: this run has a checkpoint of its own")
     elif config.init_from is not None:
-        source = load_initial_weights(Path(config.init_from), engine, names)
+        source = load_initial_weights(Path(config.init_from), engine, names, config.model)
         console.print(f"starts from the weights of {source}, at step 0 with a fresh optimizer")
 
     def claim() -> None:
@@ -188,8 +188,9 @@ def carried_tokenizer(config: ExperimentConfig, corpus: CorpusInfo, run: Path) -
     found: list[Path | list[str] | None] = [None]
     if dist.get_rank() == 0:
         try:
+            roles = {role: token_id for role, token_id in config.model.token_roles().items() if token_id is not None}
             tokens = config.model.special_tokens()
-            found = [with_special_tokens(corpus.tokenizer, tokens, run / "tokenizer")]
+            found = [with_special_tokens(corpus.tokenizer, tokens, run / "tokenizer", roles)]
         except DataError as error:
             found = [error.problems]
         except OSError as error:
@@ -204,9 +205,10 @@ def announcement(experiment: Experiment, corpus: CorpusInfo) -> list[str]:
     """What the terminal says before the first step."""
     config = experiment.config
     count = count_parameters(FAMILIES[config.model_type], config.model)
+    further = f" and {count.mtp:,} in multi-token prediction" if count.mtp else ""
     accumulated = f", {experiment.num_microbatches} microbatches" if experiment.num_microbatches > 1 else ""
     return [
-        f"{config.model_type} {config.size}: {count.total:,} parameters, {precision(config)}, "
+        f"{config.model_type} {config.size}: {count.total:,} parameters{further}, {precision(config)}, "
         f"ZeRO stage {experiment.zero_stage}",
         f"{device.describe()}, {dist.get_world_size()} rank(s): {describe_ranks(experiment)}",
         *describe_stages(experiment),

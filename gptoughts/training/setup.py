@@ -27,6 +27,7 @@ from gptoughts.models.flops import flops_per_token
 from gptoughts.models.registry import FAMILIES
 from gptoughts.models.stages import build_stages, shared_embedding_weight, stage_buffers, stage_parameters
 from gptoughts.objectives.base import ModelInputs, Objective
+from gptoughts.objectives.multi_token import MultiTokenLoss
 from gptoughts.parallel import groups
 from gptoughts.platform import device
 from gptoughts.training.callbacks import (
@@ -49,6 +50,7 @@ class ForwardStep:
 
     objective: Objective
     token_bytes: torch.Tensor
+    multi_token_loss: MultiTokenLoss
 
     def __call__(self, chunk: nn.Module, inputs: ModelInputs) -> ForwardOutput | torch.Tensor:
         output = chunk(
@@ -61,8 +63,13 @@ class ForwardStep:
         )
         if not chunk.post_process:
             return output
-        loss_sum = self.objective.reduce(output, inputs.loss_weights)
-        return ForwardOutput(loss_sum, {TARGET_BYTES: bytes_of(inputs.labels, inputs.is_counted, self.token_bytes)})
+        extras = {TARGET_BYTES: bytes_of(inputs.labels, inputs.is_counted, self.token_bytes)}
+        if output.dim() == inputs.labels.dim():
+            return ForwardOutput(self.objective.reduce(output, inputs.loss_weights), extras)
+        # A model with multi-token prediction, in training: the main loss first, then one per depth.
+        auxiliary_sum, further_extras = self.multi_token_loss(output[1:], inputs)
+        loss_sum = self.objective.reduce(output[0], inputs.loss_weights)
+        return ForwardOutput(loss_sum, extras | further_extras, auxiliary_sum)
 
 
 def precision(config: ExperimentConfig) -> str:
@@ -143,7 +150,7 @@ def build_engine(experiment: Experiment, token_bytes: torch.Tensor) -> tuple[Tra
     names = stage_parameters(chunks)
     engine = TrainEngine(
         chunks,
-        ForwardStep(objective, token_bytes),
+        ForwardStep(objective, token_bytes, MultiTokenLoss(config.model.mtp_scaling_factor())),
         config.optim,
         experiment.deepspeed,
         parameter_names=names,

@@ -17,7 +17,7 @@ def largest_stage_parameters(experiment: Experiment) -> int:
     """Parameters of the pipeline stage that has most of them (all, where there is one stage)."""
     model, parallel = experiment.config.model, experiment.config.parallel
     if parallel.pipeline == 1:
-        return model.total_parameters()
+        return model.total_parameters() + model.mtp_parameters()
     stages = [
         sum(model.parameters_of_layer(index) for layers in chunks for index in layers)
         for chunks in stage_layers(model.num_layers, parallel)
@@ -52,6 +52,7 @@ def memory_per_rank(experiment: Experiment, num_parameters: int) -> dict[str, in
     ZeRO (arXiv:1910.02054, section 3): stage 1 divides the optimizer's state over the data-parallel ranks, stage 2 the
     gradients too, stage 3 the parameters too. AdamW keeps two fp32 moments, and an fp32 master copy of weights that
     are not fp32 themselves. Tensor parallelism divides (almost) everything; norms, which it does not, are small.
+    Expert parallelism divides the routed experts over some of the data-parallel ranks, ZeRO each share over the others.
 
     Args:
         experiment: The run.
@@ -59,16 +60,19 @@ def memory_per_rank(experiment: Experiment, num_parameters: int) -> dict[str, in
     """
     precision = experiment.config.train.precision
     size = experiment.data_parallel_size
-    shard = num_parameters / experiment.config.parallel.tensor
+    parallel = experiment.config.parallel
+    experts = experiment.config.model.expert_parallel_parameters()
+    whole = (num_parameters - experts * (1 - 1 / parallel.expert)) / parallel.tensor
+    divided = num_parameters / parallel.tensor / size
     width = 4 if precision == "fp32" else 2
     stage = experiment.zero_stage
     accumulated = experiment.deepspeed.get("data_types", {}).get("grad_accum_dtype", "fp32")
     gradient_width = 4 if accumulated == "fp32" else 2
     master = 0 if precision == "fp32" and stage == 0 else 4
     return {
-        "parameters": int(shard * width / (size if stage >= 3 else 1)),
-        "gradients": int(shard * gradient_width / (size if stage >= 2 else 1)),
-        "optimizer": int(shard * (8 + master) / (size if stage >= 1 else 1)),
+        "parameters": int(width * (divided if stage >= 3 else whole)),
+        "gradients": int(gradient_width * (divided if stage >= 2 else whole)),
+        "optimizer": int((8 + master) * (divided if stage >= 1 else whole)),
     }
 
 
@@ -77,7 +81,8 @@ def describe_ranks(experiment: Experiment) -> str:
     parallel = experiment.config.parallel
     virtual = f" ({parallel.virtual_pipeline} virtual)" if parallel.virtual_pipeline > 1 else ""
     pipeline = f"pipeline {parallel.pipeline}{virtual} x " if parallel.pipeline > 1 else ""
-    return f"tensor {parallel.tensor} x {pipeline}data {experiment.data_parallel_size}"
+    expert = f" (experts over {parallel.expert} of them)" if parallel.expert > 1 else ""
+    return f"tensor {parallel.tensor} x {pipeline}data {experiment.data_parallel_size}{expert}"
 
 
 def print_summary(experiment: Experiment, family: Family) -> None:
@@ -92,6 +97,8 @@ def print_summary(experiment: Experiment, family: Family) -> None:
     print(json.dumps(experiment.deepspeed, indent=2))
     print("\n# cost")
     print(f"parameters                {count.total:,} ({count.embedding:,} in the embedding)")
+    if count.mtp:
+        print(f"in multi-token prediction {count.mtp:,} more (in training only)")
     print(f"FLOPs per token           {flops:,} (forward and backward, sequence of {sequence})")
     print(
         f"samples per step          {experiment.samples_per_step} ({experiment.samples_per_step * sequence:,} tokens)"

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 
 from gptoughts.config.cli import load_experiment
@@ -56,6 +59,12 @@ def test_batch_sizes(flags: str, world_size: int, expected: tuple[int, int, int]
         ("--parallel.tensor 4 --model.num_query_groups 2", 4, "num_query_groups=2 is not divisible by 4; allowed: 1"),
         ("--parallel.tensor 4 --model.ffn_hidden_size 702", 4, "ffn_hidden_size=702 is not divisible by 4"),
         ("--parallel.tensor 0", 1, "parallel.tensor=0 (command line): must be 1 or more"),
+        ("--parallel.expert 2", 2, "parallel.expert=2 (command line): this model (gpt) has no experts to divide"),
+        ("--model_type deepseek --parallel.expert 2 --parallel.pipeline 2", 4, "not built together with parallel.pipe"),
+        ("--model_type deepseek --parallel.expert 0", 1, "parallel.expert=0 (command line): must be 1 or more"),
+        ("--model_type deepseek --parallel.expert 3", 3, "num_moe_experts=8 is not divisible by 3; allowed: 1"),
+        ("--model_type deepseek --parallel.expert 4 --parallel.tensor 2", 4,
+         "the number of data-parallel ranks=2 is not divisible by 4; allowed: 1, 2"),
         ("--parallel.sequence true", 1, "needs parallel.tensor of 2 or more"),
         ("--parallel.sequence true --parallel.tensor 2 --block_size 33", 2, "block_size=33 is not divisible by"),
         ("--model_type mla --model.qk_pos_emb_head_dim 31", 1, "turns pairs; must be even"),
@@ -72,6 +81,24 @@ def test_what_cannot_be_run(flags: str, world_size: int, part: str) -> None:
 def test_tensor_parallelism_leaves_the_rest_to_data() -> None:
     run = load("--parallel.tensor 2 --parallel.sequence true", 4)
     assert run.data_parallel_size == 2
+
+
+def test_experts_are_divided_over_data_parallel_ranks() -> None:
+    run = load("--model_type deepseek --parallel.expert 2 --parallel.tensor 2 --batch_size 1", 8)
+    assert (run.data_parallel_size, run.samples_per_step) == (4, 4)
+
+
+@pytest.mark.parametrize(("stage", "is_refused"), [(1, True), (2, True), (3, False)])
+@pytest.mark.parametrize("key", ["reduce_scatter", "contiguous_gradients"])
+def test_what_deepspeed_cannot_do_with_divided_experts(tmp_path: Path, key: str, stage: int, is_refused: bool) -> None:
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps({"zero_optimization": {"stage": stage, key: False}}))
+    flags = f"--model_type deepseek --deepspeed_config {path} --parallel.expert "
+    assert load(flags + "1", 2).zero_stage == stage
+    if is_refused:
+        assert f"{path}: zero_optimization.{key}=false: with parallel.expert=2" in problems(flags + "2", 2)
+    else:
+        assert load(flags + "2", 2).zero_stage == stage
 
 
 def test_derived_fields_are_filled() -> None:

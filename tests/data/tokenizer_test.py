@@ -83,7 +83,7 @@ def test_missing_and_damaged(tmp_path: Path) -> None:
 def test_training_refuses_what_it_cannot_do(tmp_path: Path, tokenizer_folder: Path) -> None:
     (tmp_path / "a.txt").write_text("few words")
     words = ["--input", str(tmp_path / "a.txt"), "--output"]
-    with pytest.raises(ConfigError, match="at least 257"):
+    with pytest.raises(ConfigError, match="at least 259"):
         train_tokenizer.main([*words, str(tmp_path / "t"), "--vocab_size", "100"])
     with pytest.raises(DataError, match="only yields"):
         train_tokenizer.main([*words, str(tmp_path / "t"), "--vocab_size", "5000"])
@@ -111,10 +111,10 @@ def test_training_is_reproducible(tmp_path: Path, tokenizer_folder: Path) -> Non
 
 def test_special_tokens_are_added_to_a_copy(tokenizer_folder: Path, tmp_path: Path) -> None:
     before = load_tokenizer(tokenizer_folder)
-    file = with_special_tokens(tokenizer_folder, {"[MASK]": before.vocab_size}, tmp_path / "copy")
+    file = with_special_tokens(tokenizer_folder, {"[NEW]": before.vocab_size}, tmp_path / "copy")
     after = load_tokenizer(file)
     assert file.parent == tmp_path / "copy"
-    assert after.backend.token_to_id("[MASK]") == before.vocab_size == after.vocab_size - 1
+    assert after.backend.token_to_id("[NEW]") == before.vocab_size == after.vocab_size - 1
     assert after.eod_id == before.eod_id
     assert after.token_byte_lengths()[before.vocab_size] == 0
     assert after.decode([before.vocab_size], skip_special=True) == ""
@@ -124,16 +124,39 @@ def test_a_tokenizer_that_has_them_is_taken_as_it_is(tokenizer_folder: Path, tmp
     before = load_tokenizer(tokenizer_folder)
     assert with_special_tokens(tokenizer_folder, {}, tmp_path / "copy") == before.file
     assert before.eod_id is not None
-    assert with_special_tokens(tokenizer_folder, {"[MASK]": before.eod_id}, tmp_path / "copy") == before.file
+    assert with_special_tokens(tokenizer_folder, {"[NEW]": before.eod_id}, tmp_path / "copy") == before.file
     assert not (tmp_path / "copy").exists()
 
 
 def test_special_tokens_that_do_not_fit_are_refused(tokenizer_folder: Path, tmp_path: Path) -> None:
     size = load_tokenizer(tokenizer_folder).vocab_size
     with pytest.raises(DataError, match="ordinary token"):
-        with_special_tokens(tokenizer_folder, {"[MASK]": size - 1}, tmp_path / "copy")
+        with_special_tokens(tokenizer_folder, {"[NEW]": size - 1}, tmp_path / "copy")
     with pytest.raises(DataError, match=f"has id {size}, but the model's has {size + 5}"):
-        with_special_tokens(tokenizer_folder, {"[MASK]": size + 5}, tmp_path / "copy")
-    extended = with_special_tokens(tokenizer_folder, {"[MASK]": size}, tmp_path / "copy")
+        with_special_tokens(tokenizer_folder, {"[NEW]": size + 5}, tmp_path / "copy")
+    extended = with_special_tokens(tokenizer_folder, {"[NEW]": size}, tmp_path / "copy")
     with pytest.raises(DataError, match=f"has id {size}, but the model's has {size + 1}"):
-        with_special_tokens(extended, {"[MASK]": size + 1}, tmp_path / "again")
+        with_special_tokens(extended, {"[NEW]": size + 1}, tmp_path / "again")
+
+
+def test_roles_are_found_by_name_and_kept_in_a_copy(tokenizer_folder: Path, tmp_path: Path) -> None:
+    trained = load_tokenizer(tokenizer_folder)
+    assert trained.special_ids() == {"eos": 0, "eot": 1, "mask": 2}
+    transformers_tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+    assert transformers_tokenizer.mask_token_id == 2
+    assert transformers_tokenizer.encode("[MASK]") != [2] or transformers_tokenizer.convert_ids_to_tokens(2) == "[MASK]"
+    roles = {"mask": 1, "eos": 0, "eot": 2}
+    file = with_special_tokens(tokenizer_folder, {}, tmp_path / "copy", roles)
+    assert file.parent == tmp_path / "copy"
+    assert load_tokenizer(file).special_ids() == roles
+    assert load_tokenizer(file).eod_id == trained.eod_id
+    assert AutoTokenizer.from_pretrained(tmp_path / "copy").mask_token_id == 1
+    with pytest.raises(DataError, match=r"has no token 99999, which eot_token_id names"):
+        with_special_tokens(tokenizer_folder, {}, tmp_path / "no", {"eot": 99999})
+
+
+def test_roles_of_published_names(tmp_path: Path) -> None:
+    names = ["<|endoftext|>", "<|eot_id|>", "<|mdm_mask|>", "a"]  # GSAI-ML/LLaDA-8B-Base's names
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({name: i for i, name in enumerate(names)}))
+    backend.save(str(tmp_path / "tokenizer.json"))
+    assert load_tokenizer(tmp_path).special_ids() == {"eos": 0, "eot": 1, "mask": 2}

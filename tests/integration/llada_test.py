@@ -27,10 +27,10 @@ def test_a_run_carries_its_mask_token_and_is_refused_by_the_autoregressive_sampl
     pretrain(corpus, tmp_path, "--train.steps=2")
     folder = layout.list_checkpoints(tmp_path)[-1]
     config = from_yaml((folder / layout.CONFIG).read_text(), FAMILIES)
-    assert config.model.special_tokens() == {"[MASK]": 512}, "the first id beyond the corpus's 512 tokens"
+    assert config.model.token_roles() == {"mask": 2, "eos": 0, "eot": 1}, "the tokenizer's own"
     carried, original = load_tokenizer(folder / layout.TOKENIZER), load_tokenizer(corpus.tokenizer)
-    assert carried.backend.token_to_id("[MASK]") == 512
-    assert carried.vocab_size == original.vocab_size + 1
+    assert carried.special_ids() == original.special_ids() == config.model.token_roles()
+    assert carried.vocab_size == original.vocab_size
     assert carried.eod_id == original.eod_id
     text = "def read(path): [MASK]"
     assert carried.encode(text) == original.encode(text), "a text that mentions the mask token is plain text"
@@ -45,6 +45,13 @@ def test_a_run_carries_its_mask_token_and_is_refused_by_the_autoregressive_sampl
     assert refused.stdout == ""
     assert "family llada (masked-diffusion language model)" in refused.stderr
     assert "Traceback" not in refused.stderr
+
+
+def test_tokens_of_ones_own_are_carried(corpus: Corpus, tmp_path: Path) -> None:
+    pretrain(corpus, tmp_path, "--train.steps=1", "--model.mask_token_id=1", "--model.eot_token_id=0")
+    folder = layout.list_checkpoints(tmp_path)[-1]
+    assert load_tokenizer(folder / layout.TOKENIZER).special_ids() == {"mask": 1, "eos": 0, "eot": 0}
+    assert load_tokenizer(corpus.tokenizer).special_ids() == {"mask": 2, "eos": 0, "eot": 1}
 
 
 def test_validation_does_not_depend_on_the_batch(corpus: Corpus, tmp_path: Path) -> None:

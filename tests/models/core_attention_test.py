@@ -13,6 +13,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from gptoughts.config.experiment import ParallelConfig
+from gptoughts.models import tiled_attention
 from gptoughts.models.core_attention import SDPACoreAttention
 from gptoughts.parallel import groups
 
@@ -60,10 +61,18 @@ def future(queries: int, keys: int) -> Tensor:
 @pytest.mark.parametrize("groups_count", [1, 2, 4])
 @pytest.mark.parametrize("v_size", [8, 6])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
-@pytest.mark.parametrize("s", [5, 300])
+@pytest.mark.parametrize(("s", "is_one_head"), [(5, False), (300, False), (300, True)])
 def test_values_and_gradients(
-    mask_type: AttnMaskType, groups_count: int, v_size: int, dtype: torch.dtype, tolerance: float, s: int
+    mask_type: AttnMaskType,
+    groups_count: int,
+    v_size: int,
+    dtype: torch.dtype,
+    tolerance: float,
+    s: int,
+    is_one_head: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(tiled_attention, "_is_one_head_faster", lambda query, key: is_one_head)
     q, k = heads(s, 2, 4, 8, dtype), heads(s, 2, groups_count, 8, dtype)
     v = heads(s, 2, groups_count, v_size, dtype)
     found = attention(mask_type, k_channels=8, v_channels=v_size)(q, k, v, None)

@@ -72,6 +72,7 @@ def resume_in_the_middle(family: str, layout: Layout, folder: str) -> tuple[list
     return expected, found, is_equal
 
 
+EXPERT_FAMILIES = [n for n, family in FAMILIES.items() if family.presets["debug"].model.expert_parallel_divisors()]
 DROPOUT = ("--model.hidden_dropout=0.1", "--model.attention_dropout=0.1")
 RESUMES = [
     Layout(extra=DROPOUT),
@@ -82,10 +83,18 @@ RESUMES = [
 ]
 
 
+EXPERT_RESUMES = [
+    Layout(data=2, expert=2, zero=3, precision="bf16"),
+    Layout(data=2, expert=2, zero=0, precision="bf16", accumulation=2),
+    Layout(data=4, expert=2, zero=1, precision="bf16"),
+    Layout(tensor=2, sequence=True, data=2, expert=2, zero=2, extra=DROPOUT),
+]
 CASES = [
     *((family, layout) for family in FAMILIES for layout in RESUMES),
     ("llada-mla-moe", RESUMES[-1]),
     *(pytest.param(name, layout, marks=pytest.mark.slow) for name in VARIANTS for layout in RESUMES[:-1]),
+    *((family, EXPERT_RESUMES[0]) for family in EXPERT_FAMILIES),
+    *(pytest.param(name, layout, marks=pytest.mark.slow) for name in EXPERT_FAMILIES for layout in EXPERT_RESUMES[1:]),
 ]
 
 

@@ -67,6 +67,13 @@ def test_a_published_shape_is_built_and_counted(family: str, size: str) -> None:
     assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 < LARGEST_GROWTH_BYTES
     assert all(parameter.is_meta for parameter in model.parameters())
     counted = count_parameters(FAMILIES[family], FAMILIES[family].presets[size].model)
+    if counted.mtp:
+        mtp = sum(parameter.numel() for parameter in model.mtp.parameters())
+        assert mtp == counted.mtp
+        # 11.5B besides the shared embedding and output layer (README_WEIGHTS.md of deepseek-ai/DeepSeek-V3).
+        assert mtp == pytest.approx(11.5e9, rel=0.01)
+        del model.mtp
+    assert bool(counted.mtp) == (size == "deepseek-v3")
     found = sum(parameter.numel() for parameter in model.parameters())
     assert found == counted.total
     assert found == pytest.approx(total, rel=0.01)

@@ -24,8 +24,14 @@ def rows(count: int) -> torch.Tensor:
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"stratified_samples": 32}, {"random_length_probability": 0.5}, {"epsilon": 0.1}],
-    ids=["plain", "low-discrepancy", "many-cut", "large-epsilon"],
+    [
+        {},
+        {"stratified_samples": 32},
+        {"random_length_probability": 0.5},
+        {"epsilon": 0.1},
+        {"random_length_probability": 0.5, "is_shifted": True},
+    ],
+    ids=["plain", "low-discrepancy", "many-cut", "large-epsilon", "shifted"],
 )
 def test_the_expected_loss_of_a_uniform_predictor_is_ln_v(options: dict[str, object]) -> None:
     count, vocabulary = 6000, 50
@@ -48,6 +54,27 @@ def test_labels_are_not_shifted_and_only_masked_positions_have_a_weight() -> Non
     assert inputs.attention_mask is None
     for weights in inputs.loss_weights:
         assert len(weights[weights > 0].unique()) <= 1, "one masking level per row"
+
+
+def test_shifted_outputs_restore_the_next_token() -> None:
+    tokens = rows(40)
+    plain = objective(random_length_probability=0.4).prepare(tokens, torch.arange(40))
+    shifted = objective(random_length_probability=0.4, is_shifted=True).prepare(tokens, torch.arange(40))
+    is_masked = shifted.input_ids == MASK
+    assert not is_masked[:, 0].any(), "nothing predicts a row's first token"
+    is_whole = plain.is_counted.all(dim=1)
+    assert torch.equal(is_masked[is_whole, 1:], (plain.input_ids == MASK)[is_whole, 1:]), "the same noise"
+    assert torch.equal(shifted.labels[:, :-1], tokens[:, 1:])
+    assert torch.equal(shifted.loss_weights[:, :-1] > 0, is_masked[:, 1:])
+    assert not shifted.loss_weights[:, -1].any()
+    assert shifted.is_padding is not None
+    lengths = (~shifted.is_padding).sum(dim=1)
+    assert lengths.min() >= 2
+    assert shifted.denominator.item() == (lengths - 1).sum() == shifted.is_counted.sum()
+    assert shifted.selected_positions is not None
+    assert set((shifted.loss_weights.flatten() > 0).nonzero().squeeze(1).tolist()) <= set(
+        shifted.selected_positions.tolist()
+    )
 
 
 def test_the_weight_is_one_over_the_probability_of_the_level() -> None:

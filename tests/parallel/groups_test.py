@@ -24,6 +24,7 @@ def _layout(parallel: ParallelConfig) -> dict[str, object]:
     return {
         "tensor": (groups.tensor_parallel_rank(), groups.tensor_parallel_size()),
         "data": (groups.data_parallel_rank(), groups.data_parallel_size()),
+        "expert": (groups.expert_parallel_rank(), groups.expert_parallel_size()),
         "world": (groups.rank(), groups.world_size()),
         "default": torch.rand(1).item(),
         "tracked": tracked,
@@ -44,6 +45,23 @@ def test_replicas_draw_different_numbers() -> None:
     assert [rank["data"] for rank in ranks] == [(0, 2), (1, 2)]
     assert ranks[0]["default"] != ranks[1]["default"]
     assert ranks[0]["tracked"] != ranks[1]["tracked"]
+
+
+def test_neighbouring_replicas_share_the_experts() -> None:
+    ranks = run_distributed(_layout, 4, ParallelConfig(expert=2))
+    assert [rank["data"] for rank in ranks] == [(0, 4), (1, 4), (2, 4), (3, 4)]
+    assert [rank["expert"] for rank in ranks] == [(0, 2), (1, 2), (0, 2), (1, 2)]
+
+
+def _refuses_two_of_one() -> str:
+    with pytest.raises(ConfigError) as caught:
+        groups.initialize(ParallelConfig(tensor=2, expert=2), seed=1)
+    return caught.value.problems[0]
+
+
+def test_replicas_must_divide_by_the_experts_ranks() -> None:
+    for message in run_distributed(_refuses_two_of_one, 2):
+        assert message == "parallel.expert=2: the 1 data-parallel ranks are not divisible by it"
 
 
 def test_changing_the_layout_leaves_no_groups_behind() -> None:

@@ -36,6 +36,19 @@ LAYOUTS = [
     Layout(tensor=2, sequence=True, data=2, zero=3, accumulation=2),
     Layout(tensor=2, data=2, zero=1),
 ]
+ALL_GATHER = ("--model.moe_token_dispatcher_type=allgather",)
+EXPERT_LAYOUTS = [
+    *(Layout(data=2, expert=2, zero=zero) for zero in (0, 1, 2, 3)),
+    *(Layout(data=2, expert=2, zero=zero, extra=ALL_GATHER) for zero in (0, 1, 2, 3)),
+    *(Layout(data=2, expert=2, zero=zero, accumulation=4) for zero in (0, 1, 2, 3)),
+    *(Layout(data=4, expert=2, zero=zero, accumulation=2) for zero in (0, 1, 2, 3)),
+    *(Layout(data=4, expert=4, zero=zero) for zero in (0, 1, 2, 3)),
+    *(Layout(data=4, expert=4, zero=zero, extra=ALL_GATHER) for zero in (0, 3)),
+    *(Layout(tensor=2, data=2, expert=2, zero=zero) for zero in (0, 1, 2, 3)),
+    *(Layout(tensor=2, sequence=True, data=2, expert=2, zero=zero) for zero in (0, 1, 2, 3)),
+    *(Layout(tensor=2, sequence=True, data=2, expert=2, zero=zero, extra=ALL_GATHER) for zero in (1, 3)),
+]
+"""For the families with experts."""
 CORE = {
     Layout(zero=3),
     Layout(accumulation=4),
@@ -52,6 +65,17 @@ CORE_OF_VARIANTS = {
     "llada-moe": {Layout(tensor=2, sequence=True, zero=3)},
 }
 BASE_FAMILIES = ("gpt", "mla")
+EXPERT_CORE = {
+    "deepseek": {
+        Layout(data=2, expert=2, zero=0, extra=ALL_GATHER),
+        Layout(data=2, expert=2, zero=1),
+        Layout(data=2, expert=2, zero=3, accumulation=4),
+        Layout(tensor=2, sequence=True, data=2, expert=2, zero=2),
+    },
+    "llada-moe": {Layout(data=2, expert=2, zero=3)},
+    "llada-mla-moe": set(),
+}
+"""Families and variants with experts, and which of :data:`EXPERT_LAYOUTS` they run in `make test`."""
 CASES = [
     pytest.param(
         family,
@@ -61,6 +85,15 @@ CASES = [
     )
     for family, core in [*((name, CORE) for name in FAMILIES), *((v, CORE_OF_VARIANTS.get(v, set())) for v in VARIANTS)]
     for layout in LAYOUTS
+] + [
+    pytest.param(
+        family,
+        layout,
+        id=f"{family}-{layout}{'-allgather' if layout.extra else ''}",
+        marks=() if layout in core else pytest.mark.slow,
+    )
+    for family, core in EXPERT_CORE.items()
+    for layout in EXPERT_LAYOUTS
 ]
 
 Run = tuple[list[dict[str, Any]], Path]
@@ -115,10 +148,12 @@ def assert_equal(run: Run, expected_of: Run) -> None:
     for name, gradient in there.items():
         assert relative(here[name], gradient) <= STEP_1_GRADIENT_RELATIVE, name
 
-    for step, (ours, theirs) in enumerate(zip(found, expected, strict=True), start=1):
-        assert ours["loss"] == pytest.approx(theirs["loss"], rel=LATER_LOSS_RELATIVE), f"step {step}"
-        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=LATER_GRAD_NORM_RELATIVE), f"step {step}"
-        assert ours["applied"]
+    for step, (our_step, their_step) in enumerate(zip(found, expected, strict=True), start=1):
+        assert our_step["loss"] == pytest.approx(their_step["loss"], rel=LATER_LOSS_RELATIVE), f"step {step}"
+        assert our_step["grad_norm"] == pytest.approx(their_step["grad_norm"], rel=LATER_GRAD_NORM_RELATIVE), (
+            f"step {step}"
+        )
+        assert our_step["applied"]
     there, here = weights(expected_run, STEPS), weights(found_run, STEPS)
     for name, weight in there.items():
         assert relative(here[name], weight) <= LATER_WEIGHT_RELATIVE, name

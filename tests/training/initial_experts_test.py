@@ -27,7 +27,7 @@ def start(layout: Layout, source: str, folder: str) -> str:
     from gptoughts.training.initial_weights import load_initial_weights
 
     run = ToyRun("deepseek", layout, Path(folder))
-    load_initial_weights(Path(source), run.engine, run.parameters)
+    load_initial_weights(Path(source), run.engine, run.parameters, run.experiment.config.model)
     saved = run.save()
     run.close()
     return str(saved)

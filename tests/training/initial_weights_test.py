@@ -45,10 +45,11 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def start_and_step(layout: Layout, source: str, folder: str) -> tuple[dict[str, Any], str, float, float, Any]:
     """Start from weights, save at once, then train one step."""
+    from gptoughts.models.stages import all_names
     from gptoughts.training.initial_weights import load_initial_weights
 
     run = ToyRun("gpt", layout, Path(folder))
-    load_initial_weights(Path(source), run.engine, run.parameters)
+    load_initial_weights(Path(source), run.engine, all_names(list(run.parameters)), run.experiment.config.model)
     largest_moment = max(float(f.tensor.abs().max()) for f in run.engine.state_fragments() if f.kind != "weight")
     saved = run.save()
     scalars = run.engine.scalar_state()
@@ -59,7 +60,7 @@ def start_and_step(layout: Layout, source: str, folder: str) -> tuple[dict[str, 
 
 LAYOUTS = [
     Layout(), Layout(zero=1, precision="bf16"), Layout(data=2, zero=3), Layout(tensor=2, zero=2),
-    Layout(tensor=2, sequence=True, zero=3),
+    Layout(tensor=2, sequence=True, zero=3), Layout(pipeline=2, zero=3),
 ]  # fmt: skip
 _losses: dict[str, float] = {}
 

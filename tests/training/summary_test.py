@@ -29,3 +29,18 @@ def test_memory_per_rank(tmp_path: Path, stage: int, precision: str, expected: t
     experiment = load_experiment(flags, FAMILIES, world_size=2)
     found = memory_per_rank(experiment, 1000)
     assert found == dict(zip(("parameters", "gradients", "optimizer"), (1000 * n for n in expected), strict=True))
+
+
+@pytest.mark.parametrize(("stage", "expected"), [(0, (1, 1)), (1, (1, 0.25)), (3, (0.25, 0.25))])
+def test_memory_per_rank_with_divided_experts(tmp_path: Path, stage: int, expected: tuple[float, float]) -> None:
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps({"zero_optimization": {"stage": stage}}))
+    flags = ["--model_type=deepseek", f"--deepspeed_config={path}", "--train.precision=fp32", "--parallel.expert=2"]
+    experiment = load_experiment(flags, FAMILIES, world_size=4)
+    experts = experiment.config.model.expert_parallel_parameters()
+    total = experts + 1000
+    # Half of the experts on a rank, unless ZeRO divides all of them over four.
+    whole = {1: 1000 + experts // 2, 0.25: total / 4}
+    found = memory_per_rank(experiment, total)
+    assert found["parameters"] == 4 * whole[expected[0]]
+    assert found["optimizer"] == (8 if stage == 0 else 12) * whole[expected[1]]

@@ -136,7 +136,7 @@ def _refusals(model: ModelConfig) -> list[str]:
         return ["its layers have multi-head or grouped-query attention and no experts"]
     found = [
         f"{name}={getattr(model, name)}"
-        for name, held in {"qk_layernorm": False, "rotary_scaling": None}.items()
+        for name, held in {"qk_layernorm": False, "rotary_scaling": None, "is_shifted": False}.items()
         if getattr(model, name) != held
     ]
     if model.filled().kv_channels != model.hidden_size / model.num_attention_heads:

@@ -52,6 +52,10 @@ class HuggingFaceWeights:
         if only_one_side:
             raise CheckpointError([f"{self.folder}: {name}: is in one of both models only" for name in only_one_side])
 
+    def full(self, name: str) -> Tensor:
+        """One of our weights, whole."""
+        return self._whole(self._entries[name])
+
     def fragment(self, wanted: StateFragment, *, tensor_rank: int, tensor_size: int) -> Tensor:
         """What a live fragment of a weight or buffer should hold, in the dtype of the files.
 

@@ -56,6 +56,7 @@ def build_model(
         config,
         upstream_config,
         block_spec,
+        mtp_num_layers=model.mtp_depths(),
         pre_process=pre_process,
         post_process=post_process,
         vp_stage=vp_stage,

@@ -89,9 +89,9 @@ DEEPSEEK_PRESETS = {
                              moe_ffn_hidden_size=2048, moe_shared_expert_intermediate_size=2048,
                              moe_router_num_groups=8, moe_router_group_topk=4, moe_router_topk_scaling_factor=2.5,
                              rotary_scaling_factor=40.0, original_max_position_embeddings=4096,
-                             mscale=1.0, mscale_all_dim=1.0),
+                             mscale=1.0, mscale_all_dim=1.0, mtp_num_layers=1),
         source="https://huggingface.co/deepseek-ai/DeepSeek-V3, config.json and README_WEIGHTS.md; arXiv:2412.19437, "
-               "section 4.2 (without its multi-token prediction module)",
+               "section 4.2 (counts without its multi-token prediction module, 11.5B more)",
         num_parameters=671_000_000_000,
         num_active_parameters=36_700_000_000,
         lr=2.2e-4,

@@ -7,8 +7,8 @@ families, so that every option of a block exists where it has a meaning and nowh
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import ClassVar, Literal, Self
+from dataclasses import dataclass, fields, replace
+from typing import Any, ClassVar, Literal, Self
 
 from gptoughts.config.model import VOCABULARY_MULTIPLE, ModelConfig
 from gptoughts.models.expert_shape import ExpertFields
@@ -25,7 +25,7 @@ class DiffusionFields(ModelConfig):
     """Fields that every shape of the family ``llada`` has."""
 
     RUN_ONLY_FIELDS: ClassVar[frozenset[str]] = ModelConfig.RUN_ONLY_FIELDS | {
-        "mask_epsilon", "random_length_probability", "is_low_discrepancy",
+        "mask_epsilon", "random_length_probability", "is_low_discrepancy", "eos_token_id", "eot_token_id",
     }  # fmt: skip
     CHOICES: ClassVar[tuple[str, ...]] = ("attention", "num_moe_experts")
 
@@ -36,7 +36,14 @@ class DiffusionFields(ModelConfig):
     """Routed experts of each layer above the first ones, as in deepseek; 0: every layer is dense. With experts --help
     lists their options too."""
     mask_token_id: int | None = None
-    """Id of the mask token: a special token of the tokenizer, or the first id beyond it. Unset: that one."""
+    """Id of the mask token. Unset: the tokenizer's ([MASK], <|mdm_mask|> ...), else the first id beyond it."""
+    eos_token_id: int | None = None
+    """Id of the token that ends a text, which samplers stop at. Unset: the tokenizer's, where it has one."""
+    eot_token_id: int | None = None
+    """Id of the token that ends a turn of a chat. Unset: the tokenizer's (<|eot_id|>, <|im_end|> ...)."""
+    is_shifted: bool = False
+    """The output at position i restores token i + 1, as in a next-token model; not as published. With --init_from such
+    a model: true unless said otherwise."""
     mask_epsilon: float = 1e-3
     """Smallest probability that a position is masked: p = (1 - epsilon) t + epsilon with t uniform in [0, 1)."""
     random_length_probability: float = 0.01
@@ -70,6 +77,25 @@ class DiffusionFields(ModelConfig):
         """The mask token."""
         return {MASK_TOKEN: self._mask_id}
 
+    def token_roles(self) -> dict[str, int | None]:
+        """Mask, end of text, end of turn."""
+        return {"mask": self.mask_token_id, "eos": self.eos_token_id, "eot": self.eot_token_id}
+
+    @classmethod
+    def adopted(cls, other: ModelConfig) -> dict[str, Any] | None:
+        """The same block without its causal mask, and its head's alignment: outputs stay those of the next token."""
+        if isinstance(other, DiffusionFields) or not isinstance(other, GPTConfig | MLAConfig):
+            return None
+        is_latent = isinstance(other, MLAConfig)
+        choices = {
+            "attention": "mla" if is_latent else "mha",
+            "num_moe_experts": other.num_moe_experts if isinstance(other, ExpertFields) else 0,
+        }
+        variant = next(c for c in SHAPES if c.is_chosen_by({name: str(value) for name, value in choices.items()}))
+        names = {field.name for field in fields(variant)}
+        shape = {field.name: getattr(other, field.name) for field in fields(other) if field.name in names}
+        return shape | choices | {"is_shifted": True}
+
     def output_layer_fraction(self) -> float:
         """Expected fraction of masked positions, E[p]: the output layer runs at these alone."""
         return (1.0 + self.mask_epsilon) / 2.0
@@ -82,6 +108,10 @@ class DiffusionFields(ModelConfig):
                 f"mask_token_id={self._mask_id}: the id of a special token of the tokenizer, or the first free one, "
                 f"{self.vocab_size}"
             )
+        for name in ("eos_token_id", "eot_token_id"):
+            value = getattr(self, name)
+            if value is not None and (not 0 <= value < self.vocab_size or value == self._mask_id):
+                found.append(f"{name}={value}: from 0 to vocab_size - 1 = {self.vocab_size - 1}, and not the mask's id")
         if not 0 < self.mask_epsilon < 1:
             found.append(f"mask_epsilon={self.mask_epsilon}: a probability between 0 and 1, both excluded")
         if not 0 <= self.random_length_probability <= 1:
@@ -114,3 +144,9 @@ class LLaDALatentExpertConfig(DiffusionFields, ExpertFields, YarnFields, MLAConf
 
     attention: Literal["mha", "mla"] = "mla"
     num_moe_experts: int = 8
+
+
+SHAPES: tuple[type[DiffusionFields], ...] = (
+    LLaDAConfig, LLaDALatentConfig, LLaDAExpertConfig, LLaDALatentExpertConfig,
+)  # fmt: skip
+"""Every class of the family."""

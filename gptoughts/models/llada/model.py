@@ -63,4 +63,5 @@ def build_objective(config: ExperimentConfig) -> MaskedDiffusion:
         epsilon=model.mask_epsilon,
         random_length_probability=model.random_length_probability,
         stratified_samples=period,
+        is_shifted=model.is_shifted,
     )
