@@ -139,6 +139,10 @@ class ModelConfig:
         """Parameters of one layer, its two norms included."""
         return self.attention_parameters() + self.feed_forward_parameters() + 2 * self.hidden_size
 
+    def has_experts(self, index: int) -> bool:
+        """Whether the layer with this index, counted from 0 over the whole model, is a mixture of experts."""
+        return False
+
     def parameters_of_layer(self, index: int) -> int:
         """Parameters of the layer with this index, counted from 0 over the whole model."""
         return self.layer_parameters()

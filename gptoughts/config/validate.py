@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from gptoughts.config.experiment import ExperimentConfig
 from gptoughts.config.options import LARGEST
-from gptoughts.config.pipeline import pipeline_problems
+from gptoughts.config.pipeline import pipeline_problems, stage_layers
 
 SEEDS = 2**31
 """Seeds that every generator takes, with room for the offsets that ranks add."""
@@ -138,8 +138,13 @@ def _expert_problems(
     divisors = config.model.expert_parallel_divisors()
     if not divisors:
         return [f"{expert_is}: this model ({config.model_type}) has no experts to divide; allowed: 1"]
-    if config.parallel.pipeline > 1:
-        return [f"{expert_is}: not built together with parallel.pipeline={config.parallel.pipeline}; allowed: 1"]
+    if not pipeline_problems(config, sources):
+        for stage, chunks in enumerate(stage_layers(config.model.num_layers, config.parallel)):
+            if not any(config.model.has_experts(index) for layers in chunks for index in layers):
+                return [
+                    f"{expert_is}: pipeline stage {stage} would have no layer with experts, and all stages have to sum "
+                    "the same gradient norms; give it one with --parallel.pipeline_layout, or fewer stages"
+                ]
     counts = {**divisors, "the number of data-parallel ranks": data_parallel_size}
     allowed = [n for n in range(1, min(counts.values()) + 1) if all(count % n == 0 for count in counts.values())]
     return [

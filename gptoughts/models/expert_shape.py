@@ -120,6 +120,10 @@ class ExpertFields(ModelConfig):
         """Parameters of one layer with experts, its two norms included (the router's bias is a buffer)."""
         return self._expert_layer(self.num_moe_experts)
 
+    def has_experts(self, index: int) -> bool:
+        """Whether the layer with this index is a mixture of experts: the first ones are dense."""
+        return index >= self.first_k_dense_layers
+
     def parameters_of_layer(self, index: int) -> int:
         """Parameters of the layer with this index: the first ones are dense."""
         return self.layer_parameters() if self.has_experts(index) else self._dense_layer()

@@ -60,7 +60,7 @@ def test_batch_sizes(flags: str, world_size: int, expected: tuple[int, int, int]
         ("--parallel.tensor 4 --model.ffn_hidden_size 702", 4, "ffn_hidden_size=702 is not divisible by 4"),
         ("--parallel.tensor 0", 1, "parallel.tensor=0 (command line): must be 1 or more"),
         ("--parallel.expert 2", 2, "parallel.expert=2 (command line): this model (gpt) has no experts to divide"),
-        ("--model_type deepseek --parallel.expert 2 --parallel.pipeline 2", 4, "not built together with parallel.pipe"),
+        ("--model_type deepseek --parallel.expert 2 --parallel.pipeline 4", 8, "stage 0 would have no layer with"),
         ("--model_type deepseek --parallel.expert 0", 1, "parallel.expert=0 (command line): must be 1 or more"),
         ("--model_type deepseek --parallel.expert 3", 3, "num_moe_experts=8 is not divisible by 3; allowed: 1"),
         ("--model_type deepseek --parallel.expert 4 --parallel.tensor 2", 4,

@@ -36,11 +36,17 @@ CORE = {
     ("gpt", Layout(pipeline=2, data=2, zero=3, accumulation=4, layers=4, extra=UNEVEN)),
     ("gpt", Layout(pipeline=2, virtual=2, data=1, zero=0, accumulation=4, layers=4)),
     ("mla", Layout(pipeline=4, zero=2, accumulation=4, layers=4)),
-    ("deepseek", Layout(pipeline=2, virtual=2, zero=3, accumulation=2, layers=4)),
+    ("deepseek", Layout(pipeline=2, virtual=2, data=2, zero=3, accumulation=2, layers=4, expert=2)),
     ("llada", Layout(pipeline=2, zero=3, accumulation=2, layers=4, tied=True)),
 }
 CASES = [
     *CORE,
+    *(
+        ("deepseek", Layout(pipeline=2, virtual=virtual, data=2, zero=zero, accumulation=2, layers=4, expert=2))
+        for zero in (0, 1, 2, 3)
+        for virtual in (1, 2)
+        if (virtual, zero) != (2, 3)
+    ),
     *((family, layout) for family in FAMILIES for layout in _every_layout() if (family, layout) not in CORE),
 ]
 """Family and layout; what is not in the core is slow."""
