@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from gptoughts.config.experiment import ParallelConfig
 from gptoughts.config.model import ModelConfig
@@ -72,7 +73,8 @@ class StageParameters:
         return self.routed // (tensor * expert)
 
 
-def stage_parameters(model: ModelConfig, parallel: ParallelConfig) -> list[StageParameters]:
+@lru_cache(maxsize=256)
+def stage_parameters(model: ModelConfig, parallel: ParallelConfig) -> tuple[StageParameters, ...]:
     """Parameters of each pipeline stage; a tied embedding belongs to the first one, multi-token prediction to the last.
 
     Args:
@@ -94,7 +96,7 @@ def stage_parameters(model: ModelConfig, parallel: ParallelConfig) -> list[Stage
             ends = 2 * model.hidden_size**2 + 3 * model.hidden_size
             replicated += model.mtp_depths() * (model.replicated_parameters_of_layer(behind) + ends)
         found.append(StageParameters(total - replicated - routed, replicated, routed))
-    return found
+    return tuple(found)
 
 
 def flops_of_layers_per_token(family: Family, model: ModelConfig, layers: Sequence[int], seq_length: int) -> int:

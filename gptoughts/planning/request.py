@@ -11,7 +11,6 @@ from gptoughts.config.cli import read_request
 from gptoughts.config.deepspeed_json import DeepSpeedJson, read_json
 from gptoughts.config.experiment import ExperimentConfig
 from gptoughts.config.resolve import Inspection, settle
-from gptoughts.data.corpus import inspect_corpus
 from gptoughts.errors import ConfigError, DataError
 from gptoughts.models.registry import FAMILIES
 from gptoughts.planning.communication import Links
@@ -172,6 +171,8 @@ def _inspect(config: ExperimentConfig) -> Inspection:
     """The corpus decides on the vocabulary, as it does when the run starts."""
     if not config.data.train:
         return Inspection(None, [])
+    from gptoughts.data.corpus import inspect_corpus
+
     try:
         corpus = inspect_corpus(config.data, seq_length=config.block_size or config.model.seq_length)
     except DataError as error:
