@@ -128,10 +128,6 @@ class ExpertFields(ModelConfig):
         """Parameters of the layer with this index: the first ones are dense."""
         return self.layer_parameters() if self.has_experts(index) else self._dense_layer()
 
-    def has_experts(self, index: int) -> bool:
-        """Whether the layer with this index has experts: the first ones are dense."""
-        return index >= self.first_k_dense_layers
-
     def replicated_parameters_of_layer(self, index: int) -> int:
         """Norms, and the router of a layer with experts."""
         router = self.num_moe_experts * self.hidden_size if self.has_experts(index) else 0

@@ -89,7 +89,8 @@ def layer_bytes(model: ModelConfig, index: int, batch: Microbatch) -> int:
 
 def _grouped_query_attention(model: GPTConfig, batch: Microbatch) -> int:
     heads, groups, size = model.num_attention_heads, model.num_query_groups, model.kv_channels
-    assert groups is not None and size is not None, "a resolved shape is filled in"
+    assert groups is not None, "a resolved shape is filled in"
+    assert size is not None
     kept = (3 * heads + 3 * groups) * size  # projection np + 2 ng, turned np + ng, output np
     inverses = (heads + groups) * _FP32 if model.qk_layernorm else 0
     # Grouped queries are no view of the projection: their norm keeps a copy.

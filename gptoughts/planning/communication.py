@@ -31,7 +31,8 @@ from gptoughts.config.pipeline import stage_layers
 from gptoughts.models.expert_shape import ExpertFields
 from gptoughts.models.mla.config import MLAConfig
 from gptoughts.planning.activations import Microbatch, microbatch
-from gptoughts.planning.memory import Division, ZeroSettings
+from gptoughts.planning.memory import Division
+from gptoughts.planning.zero import ZeroSettings
 
 _FP32 = 4
 

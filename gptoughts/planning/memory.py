@@ -21,65 +21,19 @@ out: below 1% of any model that needs more than one rank.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from gptoughts.config.experiment import ExperimentConfig
+from gptoughts.config.experiment import ExperimentConfig, ParallelConfig
+from gptoughts.config.model import ModelConfig
+from gptoughts.models.expert_shape import ExpertFields
 from gptoughts.models.flops import StageParameters, stage_parameters
 from gptoughts.planning import activations
 from gptoughts.planning.activations import WIDTHS, Microbatch
+from gptoughts.planning.zero import ZeroSettings
 
 _FP32 = 4
 _MOMENTS = 8
-_DEFAULT_BUCKET_ELEMENTS = 500_000_000
-_DEFAULT_REUSE_ELEMENTS = 1_000_000_000
-"""DeepSpeed 0.19.8, runtime/zero/config.py:113 and 251."""
-
-
-@dataclass(frozen=True)
-class ZeroSettings:
-    """What DeepSpeed's JSON says about memory and exchange."""
-
-    stage: int
-    gradient_width: int
-    """Bytes of an accumulated gradient."""
-    communication_width: int
-    """Bytes of a gradient on its way to other ranks."""
-    bucket_elements: int
-    """Gradients reduced at once."""
-    prefetch_elements: int
-    """Weights that stage 3 fetches ahead."""
-    reuse_elements: int
-    """Stage 3 keeps a weight whose next use is nearer than this."""
-    num_buckets: int
-    """2 where reduction overlaps with backward at stage 2."""
-    offloads_optimizer: bool
-    offloads_parameters: bool
-
-    @staticmethod
-    def read(deepspeed: Mapping[str, Any], precision: str) -> ZeroSettings:
-        """From what ``deepspeed.initialize`` would be given."""
-        zero = deepspeed.get("zero_optimization", {})
-        stage = int(zero.get("stage", 0))
-        accumulated = deepspeed.get("data_types", {}).get("grad_accum_dtype", "fp32")
-        gradient_width = WIDTHS[accumulated] if stage else _FP32
-        sent = deepspeed.get("communication_data_type", precision if stage else "fp32")
-        return ZeroSettings(
-            stage=stage,
-            gradient_width=gradient_width,
-            communication_width=WIDTHS[sent],
-            bucket_elements=int(zero.get("reduce_bucket_size", _DEFAULT_BUCKET_ELEMENTS)),
-            prefetch_elements=int(zero.get("stage3_prefetch_bucket_size", 0)),
-            reuse_elements=int(zero.get("stage3_max_reuse_distance", _DEFAULT_REUSE_ELEMENTS)),
-            num_buckets=2 if stage == 2 and zero.get("overlap_comm") else 1,
-            offloads_optimizer=_is_on_cpu(zero, "offload_optimizer"),
-            offloads_parameters=_is_on_cpu(zero, "offload_param"),
-        )
-
-
-def _is_on_cpu(zero: Mapping[str, Any], block: str) -> bool:
-    return (zero.get(block) or {}).get("device", "none") == "cpu"
 
 
 @dataclass(frozen=True)
@@ -207,41 +161,102 @@ def temporary_bytes(config: ExperimentConfig, batch: Microbatch, *, is_last_stag
     return max(layer, logits * is_last_stage)
 
 
-def stage_memory(
-    config: ExperimentConfig, zero: ZeroSettings, stage: int, *, data: int, num_microbatches: int
-) -> RankMemory:
-    """Bytes on a rank of one stage, with the output layer at every position (the most that can occur).
+@dataclass(frozen=True)
+class StageNeeds:
+    """What a rank of one stage needs, whatever the ZeRO stage."""
+
+    division: Division
+    kept: int
+    """Activations, logits and outputs that it has sent on."""
+    logits: int
+    temporaries: int
+    copied_elements: int
+    """Of a tied embedding that another stage owns."""
+    layer_elements: int
+    """Parameters of the largest layer on a rank."""
+    tensor_elements: int = 0
+    """Parameters of the largest tensor on a rank."""
+
+
+def cut_gradient_bytes(needs: StageNeeds, zero: ZeroSettings, width: int) -> int:
+    """Most that stage 2 keeps of gradients beyond a rank's part.
+
+    Where gradients have the weights' dtype (fp32), tensors that the two ends of the part cut are kept whole (DeepSpeed
+    0.19.8, runtime/zero/stage_1_and_2.py:1259); else they are copied into a buffer of the part's size.
+    """
+    is_cut = zero.stage == 2 and zero.gradient_width == width and needs.division.data > 1
+    return 2 * zero.gradient_width * needs.tensor_elements if is_cut else 0
+
+
+def largest_tensor(model: ModelConfig, parallel: ParallelConfig) -> int:
+    """Parameters of a rank's largest tensor: embedding, gate and up, or all gates and ups of its experts."""
+    tensors = [model.embedding_parameters(), 2 * model.hidden_size * model.ffn_hidden_size]
+    if isinstance(model, ExpertFields):
+        experts = model.num_moe_experts // parallel.expert
+        tensors.append(experts * 2 * model.hidden_size * model.moe_ffn_hidden_size)
+    return max(tensors) // parallel.tensor
+
+
+def stage_needs(
+    config: ExperimentConfig, *, data: int, num_microbatches: int, output_fraction: float = 1.0
+) -> list[StageNeeds]:
+    """Of every stage.
 
     Args:
         config: A resolved configuration.
-        zero: DeepSpeed's settings.
-        stage: Pipeline stage.
         data: Data-parallel ranks.
         num_microbatches: Per step and rank.
+        output_fraction: Part of the positions at which the output layer runs, where the objective selects some; all of
+            them is the most that can occur.
     """
     batch, parallel, model = activations.microbatch(config), config.parallel, config.model
-    stages = stage_parameters(model, parallel)
-    division = divide(stages[stage], config, data)
-    is_last = stage == parallel.pipeline - 1
-    kept = activations.stage_activation_bytes(config, batch, stage, num_microbatches)
-    logits = activations.last_stage_bytes(model, batch) if is_last else 0
-    sent = activations.pipeline_output_bytes(config, batch, stage, num_microbatches)
     layer = max(model.parameters_of_layer(index) for index in (0, model.num_layers - 1))
     routed = model.routed_parameters_of_layer(model.num_layers - 1)
     layer_elements = (layer - routed + routed // parallel.expert) // parallel.tensor
-    temporaries = temporary_bytes(config, batch, is_last_stage=is_last)
-    if is_last and parallel.pipeline > 1 and not model.untie_embeddings_and_output_weights:
-        # The copy of a tied embedding and its gradient.
-        temporaries += model.embedding_parameters() // parallel.tensor * (batch.width + _FP32)
-    state = state_bytes(division, zero, batch.width)
+    found = []
+    for stage, parameters in enumerate(stage_parameters(model, parallel)):
+        is_last = stage == parallel.pipeline - 1
+        is_copied = is_last and parallel.pipeline > 1 and not model.untie_embeddings_and_output_weights
+        kept = activations.stage_activation_bytes(config, batch, stage, num_microbatches, output_fraction)
+        sent = activations.pipeline_output_bytes(config, batch, stage, num_microbatches)
+        found.append(
+            StageNeeds(
+                division=divide(parameters, config, data),
+                kept=kept + sent,
+                logits=activations.last_stage_bytes(model, batch, output_fraction) if is_last else 0,
+                temporaries=temporary_bytes(config, batch, is_last_stage=is_last),
+                copied_elements=model.embedding_parameters() // parallel.tensor if is_copied else 0,
+                layer_elements=layer_elements,
+                tensor_elements=largest_tensor(model, parallel),
+            )
+        )
+    return found
+
+
+def rank_memory(needs: StageNeeds, zero: ZeroSettings, width: int) -> RankMemory:
+    """Bytes on a rank of one stage.
+
+    Args:
+        needs: The stage's.
+        zero: DeepSpeed's settings.
+        width: Bytes of a weight.
+    """
+    state = state_bytes(needs.division, zero, width)
+    state["parameters"] += width * needs.copied_elements
     buffers = buffer_bytes(
-        division, zero, batch.width, layer_elements=layer_elements, kept=kept + sent, temporaries=temporaries
+        needs.division,
+        zero,
+        width,
+        layer_elements=needs.layer_elements,
+        kept=needs.kept,
+        # The copy of a tied embedding has an fp32 gradient during a step.
+        temporaries=needs.temporaries + _FP32 * needs.copied_elements + cut_gradient_bytes(needs, zero, width),
     )
     on_host = [name for name, is_there in _offloaded(zero).items() if is_there]
     return RankMemory(
         **{name: 0 if name in on_host else int(count) for name, count in state.items()},
-        activations=kept + sent - logits,
-        logits=logits,
+        activations=needs.kept - needs.logits,
+        logits=needs.logits,
         buffers=buffers,
         host=int(sum(state[name] for name in on_host)),
     )
@@ -259,8 +274,7 @@ def _offloaded(zero: ZeroSettings) -> dict[str, bool]:
     }
 
 
-def largest_memory(config: ExperimentConfig, zero: ZeroSettings, *, data: int, num_microbatches: int) -> RankMemory:
-    """Bytes on the fullest rank of all stages; arguments as in :func:`stage_memory`."""
-    stages = range(config.parallel.pipeline)
-    every = (stage_memory(config, zero, stage, data=data, num_microbatches=num_microbatches) for stage in stages)
-    return max(every, key=lambda memory: memory.total)
+def largest_memory(config: ExperimentConfig, zero: ZeroSettings, needs: Sequence[StageNeeds]) -> RankMemory:
+    """Bytes on the fullest rank of all stages."""
+    width = WIDTHS[config.train.precision or "bf16"]
+    return max((rank_memory(of_stage, zero, width) for of_stage in needs), key=lambda memory: memory.total)

@@ -16,8 +16,9 @@ from gptoughts.config.experiment import ExperimentConfig, ParallelConfig
 from gptoughts.config.pipeline import microbatch_problems, suggested_layout
 from gptoughts.config.validate import resolve_batch, validate
 from gptoughts.models.family import Family
-from gptoughts.planning.memory import RankMemory, ZeroSettings, largest_memory
+from gptoughts.planning.memory import RankMemory, StageNeeds, largest_memory, stage_needs
 from gptoughts.planning.throughput import Machine, StepTime, step_time
+from gptoughts.planning.zero import ZeroSettings
 
 PLANNED = "planned"
 LARGEST_TENSOR, LARGEST_PIPELINE, LARGEST_VIRTUAL, LARGEST_MICROBATCH = 64, 128, 8, 64
@@ -53,11 +54,12 @@ class Plan:
     data: int
     """Data-parallel ranks."""
     num_microbatches: int
+    needs: Sequence[StageNeeds] = field(repr=False)
 
     @cached_property
     def memory(self) -> RankMemory:
         """Of the fullest rank."""
-        return largest_memory(self.config, self.zero, data=self.data, num_microbatches=self.num_microbatches)
+        return largest_memory(self.config, self.zero, self.needs)
 
     def time_on(self, machine: Machine) -> StepTime:
         """One step."""
@@ -85,7 +87,7 @@ def layouts(run: Run) -> Iterator[ParallelConfig]:
     for tensor in axis("tensor", tensors):
         for pipeline in axis("pipeline", divisors(run.world_size // max(tensor, 1), LARGEST_PIPELINE)):
             data = max(1, run.world_size // max(1, tensor * pipeline))
-            shares = divisors(data, max(experts.values(), default=1)) if experts and pipeline == 1 else [1]
+            shares = divisors(data, max(experts.values(), default=1)) if experts else [1]
             for expert in axis("expert", shares):
                 for virtual in axis("virtual_pipeline", _virtual(pipeline, model.num_layers)):
                     for sequence in axis("sequence", [True] if tensor > 1 else [False]):
@@ -144,8 +146,9 @@ def search(run: Run) -> Search:
             problems = problems or microbatch_problems(fitted, sources, num_microbatches)
             found.problems |= dict.fromkeys(problems)
             if not problems:
+                needs = stage_needs(fitted, data=data, num_microbatches=num_microbatches)
                 found.plans += [
-                    Plan(run, fitted, json, zero, data, num_microbatches)
+                    Plan(run, fitted, json, zero, data, num_microbatches, needs)
                     for json, zero in zip(run.jsons, settings, strict=True)
                 ]
     return found

@@ -1,7 +1,7 @@
 """How long a step takes: products of the slowest stage, the bubble, and links that nothing hides.
 
-With c seconds of products and x of tensor, expert and pipeline exchange per microbatch of the slowest stage, P stages, V
-virtual ones, M microbatches and D seconds of ZeRO's exchange (arXiv:2104.04473, section 2.2, for the bubble):
+With c seconds of products and x of tensor, expert and pipeline exchange per microbatch of the slowest stage, P stages,
+V virtual ones, M microbatches and D seconds of ZeRO's exchange (arXiv:2104.04473, section 2.2, for the bubble):
 
     step = (M + (P - 1) / V) (c + x) + D
 
@@ -18,7 +18,8 @@ from gptoughts.config.pipeline import bubble_fraction, stage_layers
 from gptoughts.models.family import Family
 from gptoughts.models.flops import flops_of_ends_per_token, flops_of_layers_per_token, stage_parameters
 from gptoughts.planning.communication import Links, Traffic, step_traffic
-from gptoughts.planning.memory import ZeroSettings, divide
+from gptoughts.planning.memory import divide
+from gptoughts.planning.zero import ZeroSettings
 
 
 @dataclass(frozen=True)
@@ -85,9 +86,7 @@ def step_time(
     compute = count * tokens * flops / parallel.tensor / machine.flops_per_second
     traffic = max(
         (
-            step_traffic(
-                config, divide(stage, config, data), zero, number, num_microbatches=count, links=machine.links
-            )
+            step_traffic(config, divide(stage, config, data), zero, number, num_microbatches=count, links=machine.links)
             for number, stage in enumerate(stage_parameters(config.model, parallel))
         ),
         key=lambda found: sum(found.seconds.values()),
