@@ -34,7 +34,10 @@ def _worker(rank: int, world_size: int, port: int, pipe: Connection) -> None:
 
     import torch
 
+    from gptoughts.platform import gloo
+
     torch.set_num_threads(1)
+    gloo.share_device()
     torch.distributed.init_process_group(
         "gloo", timeout=datetime.timedelta(seconds=TIMEOUT_SECONDS), world_size=world_size, rank=rank
     )

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from gptoughts.config.experiment import ParallelConfig
 from gptoughts.errors import ConfigError
-from gptoughts.platform import device, mcore_cpu
+from gptoughts.platform import device, gloo, mcore_cpu
 
 logger = logging.getLogger(__name__)
 
@@ -113,6 +113,7 @@ def _destroy_model_parallel() -> None:
 
 
 def _initialize_world(timeout_seconds: float) -> None:
+    gloo.share_device()
     if dist.is_initialized():
         return
     timeout = datetime.timedelta(seconds=timeout_seconds)

@@ -16,11 +16,13 @@ from gptoughts.models.meta import on_meta_device
 from gptoughts.models.registry import FAMILIES
 from gptoughts.parallel import groups
 
-PUBLISHED = {  # family, size: parameters, and those of one token, as published (to the digits that are published)
+PUBLISHED = {
+    # family, size: parameters, and those of one token, as published (V2-Lite: arXiv:2405.04434, appendix B; V3:
+    # README_WEIGHTS.md of deepseek-ai/DeepSeek-V3)
     ("gpt", "llama-3-8b"): (8.03e9, None),
     ("llada", "llada-8b"): (8.02e9, None),
     ("deepseek", "deepseek-v2-lite"): (15.7e9, 2.4e9),
-    ("deepseek", "deepseek-v3"): (671e9, 37e9),
+    ("deepseek", "deepseek-v3"): (671e9, 36.7e9),
 }
 LARGEST_GROWTH_BYTES = 200e6
 
@@ -79,8 +81,8 @@ def test_a_published_shape_is_built_and_counted(family: str, size: str) -> None:
     assert found == pytest.approx(total, rel=0.01)
     assert passed_by_a_token(model) == counted.active
     if active is not None:
-        # Published to two digits, which hide up to 2.1% (2.45B are called 2.4B, 36.6B are called 37B).
-        assert counted.active == pytest.approx(active, rel=0.0215)
+        # Of V2-Lite two digits are published: 2.45B are called 2.4B.
+        assert counted.active == pytest.approx(active, rel=0.0215 if size == "deepseek-v2-lite" else 0.01)
 
 
 def test_a_whole_model_is_built_elsewhere_as_before() -> None:

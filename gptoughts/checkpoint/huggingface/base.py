@@ -33,6 +33,14 @@ class Entry:
     kind: Literal["weight", "buffer"] = "weight"
     """A buffer is no parameter (the bias of a router) and keeps its dtype whatever is asked for the weights."""
 
+    copies: tuple[str, ...] = ()
+    """Further published names of what the first of ``theirs`` holds; written, and compared where they are there."""
+
+    def published(self) -> dict[str, Shape]:
+        """Every published name -> shape, copies right after the first."""
+        (first, shape), *others = self.theirs.items()
+        return {first: shape} | dict.fromkeys(self.copies, shape) | dict(others)
+
     def sources(self) -> list[list[str]]:
         """Published names of each slice, in order; one list where there are no slices."""
         names = list(self.theirs)

@@ -123,7 +123,8 @@ def latent_refusals(model: MLAConfig, *, needs_divisible: bool) -> list[str]:
     return found
 
 
-V3_FIELDS = {"rope_interleave": True, "num_nextn_predict_layers": 0}
+MTP_FIELD = "num_nextn_predict_layers"
+V3_FIELDS = {"rope_interleave": True, MTP_FIELD: 0}
 V2_FIELDS = {"mlp_bias": False}
 FORMATS = (
     Format(

@@ -7,6 +7,7 @@ Published files hold each routed expert's three matrices by themselves; ours are
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -21,6 +22,7 @@ from gptoughts.checkpoint.huggingface.base import (
     swiglu,
 )
 from gptoughts.checkpoint.huggingface.deepseek import (
+    MTP_FIELD,
     V2_FIELDS,
     V3_FIELDS,
     attention_entries,
@@ -54,7 +56,35 @@ def entries(model: DeepSeekConfig) -> list[Entry]:
     """Every tensor of the model."""
     first = model.first_k_dense_layers
     dense = in_layers(range(first), partial(dense_layer, model))
-    return ends(model) + dense + in_layers(range(first, model.num_layers), partial(expert_layer, model))
+    main = dense + in_layers(range(first, model.num_layers), partial(expert_layer, model))
+    return prediction_ends(model) + main + prediction_entries(model)
+
+
+def prediction_ends(model: DeepSeekConfig) -> list[Entry]:
+    """Embedding, final norm and output layer; each depth of multi-token prediction publishes copies of two of them."""
+    places = [f"model.layers.{model.num_layers + depth}." for depth in range(model.mtp_num_layers)]
+    copies = {
+        "model.embed_tokens.weight": tuple(f"{place}embed_tokens.weight" for place in places),
+        "lm_head.weight": tuple(f"{place}shared_head.head.weight" for place in places),
+    }
+    return [replace(entry, copies=copies.get(next(iter(entry.theirs)), ())) for entry in ends(model)]
+
+
+def prediction_entries(model: DeepSeekConfig) -> list[Entry]:
+    """Multi-token prediction's depths, published as layers above the last (README_WEIGHTS.md of DeepSeek-V3).
+
+    Columns of ``eh_proj`` multiply first the embedding's half, then the hidden state's, on both sides.
+    """
+    hidden, found = model.hidden_size, []
+    for depth in range(model.mtp_num_layers):
+        ours, theirs = f"mtp.layers.{depth}.", f"model.layers.{model.num_layers + depth}."
+        for our_name, their_name, shape in (
+            ("enorm", "enorm", (hidden,)), ("hnorm", "hnorm", (hidden,)), ("eh_proj", "eh_proj", (hidden, 2 * hidden)),
+            ("final_layernorm", "shared_head.norm", (hidden,)),
+        ):  # fmt: skip
+            found.append(Entry(f"{ours}{our_name}.weight", shape, {f"{theirs}{their_name}.weight": shape}))
+        found += expert_layer(model, f"{ours}transformer_layer.", theirs)
+    return found
 
 
 def expert_layer(model: DeepSeekConfig, ours: str, theirs: str) -> list[Entry]:
@@ -119,6 +149,7 @@ def _read(config: Mapping[str, Any], problems: list[str], *, is_v3: bool) -> Dee
         moe_router_normalize_gates=bool(config["norm_topk_prob"]),
         moe_router_enable_expert_bias=is_v3,
         moe_aux_loss_coeff=config.get("aux_loss_alpha", defaults.moe_aux_loss_coeff),
+        mtp_num_layers=config.get(MTP_FIELD) or 0,
     )
 
 
@@ -176,7 +207,7 @@ def _write(model: DeepSeekConfig, *, is_v3: bool) -> dict[str, Any]:
         "topk_method": "noaux_tc" if is_v3 else "group_limited_greedy" if has_groups else "greedy",
         "aux_loss_alpha": model.moe_aux_loss_coeff,
         "seq_aux": True,
-        **(V3_FIELDS if is_v3 else V2_FIELDS),
+        **(V3_FIELDS | {MTP_FIELD: model.mtp_num_layers} if is_v3 else V2_FIELDS),
     }
     if model.rotary_scaling_factor != 1:
         found["rope_scaling"] = {"type": "yarn"} | {theirs: getattr(model, ours) for ours, theirs in _YARN.items()}
@@ -192,6 +223,8 @@ def _refusals(model: DeepSeekConfig, *, is_v3: bool) -> list[str]:
         found.append(f"moe_router_score_function={function}")
     if is_v3 and not model.moe_router_enable_expert_bias:
         found.append("moe_router_enable_expert_bias=False")
+    if not is_v3 and model.mtp_num_layers:
+        found.append(f"mtp_num_layers={model.mtp_num_layers}")
     if not is_v3 and model.moe_router_normalize_gates:
         found.append("moe_router_normalize_gates=True")
     if shared == 0 or shared % model.moe_ffn_hidden_size:

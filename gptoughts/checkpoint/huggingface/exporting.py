@@ -12,6 +12,7 @@ from torch import Tensor
 
 from gptoughts.checkpoint import layout
 from gptoughts.checkpoint.huggingface.base import Entry
+from gptoughts.checkpoint.huggingface.deepseek import MTP_FIELD
 from gptoughts.checkpoint.huggingface.formats import CONFIG_FILE, Published, format_for, understand
 from gptoughts.checkpoint.huggingface.output import (
     CARRIED_FILES,
@@ -69,7 +70,7 @@ def export_model(
     headers = [
         TensorHeader(their, _written_dtype(reader, entry, dtype), shape)
         for entry in entries
-        for their, shape in entry.theirs.items()
+        for their, shape in entry.published().items()
     ]
     read = _published_reader(reader, entries, dtype)
     with new_folder(output) as partial, progress("exporting", headers) as written:
@@ -92,7 +93,7 @@ def _published_reader(
         their: (entry, None if entry.slices is None else number, names)
         for entry in entries
         for number, names in enumerate(entry.sources())
-        for their in names
+        for their in (*names, *(entry.copies if number == 0 else ()))
     }
     cache: dict[str, Tensor] = {}
 
@@ -102,6 +103,7 @@ def _published_reader(
             cache.clear()
             ours = reader.full(entry.ours, entry.kind, number)
             cache.update(zip(names, entry.transform.split(ours), strict=True))
+            cache.update(dict.fromkeys(entry.copies, cache[names[0]]))
         return [cache.pop(name).to(DTYPES[_written_dtype(reader, entry, dtype)])]
 
     return read
@@ -128,7 +130,8 @@ def _exported_config(
     if came_along.is_file():
         text = json.loads(came_along.read_text(encoding="utf-8"))
         text.pop("torch_dtype", None)  # what transformers 4 called dtype
-        return understand(text, text.get("model_type"), str(came_along)), None if dtype is None else text
+        depths = {MTP_FIELD: getattr(config.model, "mtp_num_layers", 0)} if text.get(MTP_FIELD) else {}
+        return understand(text | depths, text.get("model_type"), str(came_along)), None if dtype is None else text
     chosen = format_for(config.model_type, config.model)
     # Unset, transformers takes ids of Llama 2's vocabulary.
     ends: dict[str, int | None] = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}

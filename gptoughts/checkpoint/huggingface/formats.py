@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from gptoughts.checkpoint.huggingface import deepseek, deepseek_moe, llada, llama
 from gptoughts.checkpoint.huggingface.base import Format
+from gptoughts.checkpoint.huggingface.deepseek import MTP_FIELD
 from gptoughts.checkpoint.huggingface.fp8 import BlockQuantization, read_quantization
 from gptoughts.config.model import ModelConfig
 from gptoughts.errors import CheckpointError
 
 CONFIG_FILE = "config.json"
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
 FORMATS: tuple[Format, ...] = (*llama.FORMATS, *deepseek.FORMATS, *deepseek_moe.FORMATS, *llada.FORMATS)
 
 
@@ -47,7 +51,28 @@ def read_published(folder: Path) -> Published:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror}); a Hugging Face folder has one") from None
     except (ValueError, AttributeError):
         raise CheckpointError(f"{path}: no JSON object") from None
-    return understand(config, model_type, str(path))
+    return understand(_without_absent_prediction(folder, config), model_type, str(path))
+
+
+def _without_absent_prediction(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """transformers drops multi-token prediction's tensors and leaves their number in config.json: believe the files."""
+    place = f"model.layers.{config.get('num_hidden_layers')}."
+    if not config.get(MTP_FIELD) or any(name.startswith(place) for name in _tensor_names(folder)):
+        return config
+    return config | {MTP_FIELD: 0}
+
+
+def _tensor_names(folder: Path) -> list[str]:
+    """Names in a folder's safetensors, from the index or the one file's header; none where it has neither."""
+    index, single = folder / INDEX_FILE, folder / SINGLE_FILE
+    try:
+        if index.is_file():
+            return list(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+        with single.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            return list(json.loads(file.read(length)))
+    except (OSError, ValueError, KeyError, struct.error):
+        return []  # whoever reads the tensors says what is wrong with them
 
 
 def understand(config: dict[str, Any], model_type: str | None, label: str) -> Published:

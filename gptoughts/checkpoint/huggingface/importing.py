@@ -107,10 +107,12 @@ def import_problems(folder: TensorFolder, entries: Sequence[Entry]) -> list[str]
             problems.append(f"{name}: shape {found.shape}, {shape} expected")
         elif found.dtype not in CONVERTIBLE:
             problems.append(f"{name}: dtype {found.dtype}; allowed: {', '.join(CONVERTIBLE)}")
+    copies = {copy: next(iter(entry.theirs)) for entry in entries for copy in entry.copies}
     for name in folder.headers:
         if name == _OUTPUT_LAYER and name not in expected:
-            if _EMBEDDING in folder.headers and not torch.equal(folder.read(name), folder.read(_EMBEDDING)):
-                problems.append(f"{name}: is not the embedding, although tie_word_embeddings=true")
+            problems += _copy_problem(folder, name, _EMBEDDING, "although tie_word_embeddings=true")
+        elif name in copies:
+            problems += _copy_problem(folder, name, copies[name], "which multi-token prediction shares here")
         elif name not in expected and not is_ignorable(name):
             problems.append(f"{name}: unknown to this format")
     for entry in entries:
@@ -120,6 +122,12 @@ def import_problems(folder: TensorFolder, entries: Sequence[Entry]) -> list[str]
             listed = ", ".join(names) if len(names) <= _MOST_LISTED else f"{names[0]} ... {names[-1]}"
             problems.append(f"{listed}: differ in dtype ({', '.join(sorted(dtypes))})")
     return problems
+
+
+def _copy_problem(folder: TensorFolder, name: str, original: str, why: str) -> list[str]:
+    if original in folder.headers and not torch.equal(folder.read(name), folder.read(original)):
+        return [f"{name}: is not equal to {original}, {why}"]
+    return []
 
 
 def _stored(header: TensorHeader, kind: str) -> TensorHeader:

@@ -10,12 +10,11 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from gptoughts.checkpoint.huggingface.formats import INDEX_FILE, SINGLE_FILE
 from gptoughts.checkpoint.huggingface.fp8 import FP8, SCALE_DTYPES, SCALE_SUFFIX, BlockQuantization
 from gptoughts.checkpoint.safetensors_file import DTYPES, TensorHeader, write_file
 from gptoughts.errors import CheckpointError
 
-SINGLE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
 CONVERTIBLE = ("F32", "BF16", "F16")
 """safetensors' names of the dtypes that convert."""
 

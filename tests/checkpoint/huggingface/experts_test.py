@@ -163,5 +163,5 @@ def test_published_shapes_find_their_format(size: str, expected: str) -> None:
     assert form.model_type == expected
     entries = form.entries(model)
     total = sum(torch.Size(entry.our_shape).numel() for entry in entries if entry.kind == "weight")
-    assert total == model.total_parameters()
+    assert total == model.total_parameters() + model.mtp_parameters()
     assert len({name for entry in entries for name in entry.theirs}) == sum(len(entry.theirs) for entry in entries)
