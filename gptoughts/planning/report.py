@@ -85,13 +85,17 @@ def table(plans: Sequence[tuple[Plan, StepTime]]) -> Table:
             f"{parallel.tensor}{'+sp' if parallel.sequence else ''}",
             str(parallel.pipeline), str(parallel.virtual_pipeline), str(parallel.expert), str(plan.data),
             f"{plan.zero.stage}{' off' if plan.zero.offloads_optimizer else ''}",
-            str(plan.config.batch_size), str(plan.num_microbatches), f"{memory.total / GIB:.1f}",
-            *(f"{part / GIB:.1f}" for part in parts),
+            str(plan.config.batch_size), str(plan.num_microbatches), _gib(memory.total),
+            *map(_gib, parts),
             f"{time.bubble_fraction:.0%}",
             "/".join(f"{sent[axis] / 1e9:.3g}" for axis in ("tensor", "pipeline", "expert", "data")),
             f"{sum(time.traffic.seconds.values()):.3g}", f"{time.seconds:.3g}", f"{time.tokens_per_second:,.0f}",
         )  # fmt: skip
     return found
+
+
+def _gib(num_bytes: float) -> str:
+    return f"{num_bytes / GIB:.{1 if num_bytes >= 10 * GIB else 2}f}"
 
 
 def describe(plan: Plan) -> str:

@@ -15,13 +15,14 @@ from gptoughts.errors import ConfigError, DataError
 from gptoughts.models.registry import FAMILIES
 from gptoughts.planning.communication import Links
 from gptoughts.planning.hardware import ACCELERATORS
-from gptoughts.planning.search import PLANNED, Run
+from gptoughts.planning.search import PLANNED, Run, divisors
 from gptoughts.planning.throughput import Machine
 
 GIB = 2**30
 _DS_CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
 _STAGES = ("zero1.json", "zero2.json", "zero3.json")
 OFFLOAD = "zero3_offload.json"
+_RANKS_PER_NODE = 8
 
 
 @dataclass(frozen=True)
@@ -57,12 +58,12 @@ def parser() -> argparse.ArgumentParser:
     )
     add = found.add_argument
     add("--gpus", type=int, required=True, metavar="N", help="ranks, one per GPU")
-    add("--gpu", choices=sorted(ACCELERATORS), help="fills in the five options below (data sheets)")
-    add("--gpu_memory_gib", type=float, metavar="GIB", help="memory of one GPU")
-    add("--gpus_per_node", type=int, metavar="N", help="GPUs that share fast links (default: 8, at most --gpus)")
-    add("--peak_tflops", type=float, metavar="T", help="dense bf16 matrix products of one GPU (default: h100's)")
-    add("--intra_node_gb_per_second", type=float, metavar="GB", help="link within a node, per GPU and direction")
-    add("--inter_node_gb_per_second", type=float, metavar="GB", help="link between nodes, per GPU and direction")
+    add("--gpu", choices=sorted(ACCELERATORS), help="fills in memory, peak and links (data sheets)")
+    add("--gpu_memory_gib", type=float, metavar="GIB", help="memory of one GPU; the rest is h100's then")
+    add("--gpus_per_node", type=int, metavar="N", help="GPUs that share fast links (default: up to 8)")
+    add("--peak_tflops", type=float, metavar="T", help="dense bf16 matrix products of one GPU")
+    add("--intra_node_gb_per_second", type=float, metavar="GB", help="within a node, per GPU and direction")
+    add("--inter_node_gb_per_second", type=float, metavar="GB", help="between nodes, per GPU and direction")
     add("--efficiency_fraction", type=float, default=0.5, help="part of the peak that is reached (default: 0.5)")
     add("--usable_fraction", type=float, default=0.9, help="part of the memory that tensors may take (default: 0.9)")
     add("--top", type=int, default=10, metavar="N", help="layouts to print (default: 10; 0: all that fit)")
@@ -100,7 +101,7 @@ def read_options(argv: Sequence[str]) -> Options:
     if problems:
         raise ConfigError(problems)
     preset = ACCELERATORS[given.gpu or "h100"]
-    ranks_per_node = min(given.gpus_per_node or 8, given.gpus)
+    ranks_per_node = min(given.gpus_per_node or max(divisors(given.gpus, _RANKS_PER_NODE)), given.gpus)
     if given.gpus % ranks_per_node:
         raise ConfigError(f"gpus={given.gpus} (command line): not a multiple of gpus_per_node={ranks_per_node}")
     links = Links(

@@ -53,6 +53,13 @@ def test_the_table_shows_as_many_as_asked_for(capsys: pytest.CaptureFixture[str]
     assert "tokens/s" in printed
 
 
+@pytest.mark.parametrize(("gpus", "expected"), [("16", 8), ("12", 6), ("2", 2)])
+def test_nodes_are_as_large_as_fits(gpus: str, expected: int) -> None:
+    options = read_options(["--gpus", gpus, "--gpu_memory_gib", "80"])
+    assert options.ranks_per_node == options.machine.links.ranks_per_node == expected
+    assert options.machine.flops_per_second == 0.5 * 989e12
+
+
 def test_the_planner_loads_no_heavy_library() -> None:
     code = (
         "import sys; from gptoughts.planning.command import main; main(sys.argv[1:]); "
@@ -68,7 +75,10 @@ def test_the_planner_loads_no_heavy_library() -> None:
     [
         (["--gpus", "8"], "gpu_memory_gib (command line): is needed"),
         (["--gpus", "0", "--gpu", "h100"], "gpus=0 (command line): must be greater than 0"),
-        (["--gpus", "12", "--gpu", "h100"], "gpus=12 (command line): not a multiple of gpus_per_node=8"),
+        (
+            ["--gpus", "12", "--gpu", "h100", "--gpus_per_node", "8"],
+            "gpus=12 (command line): not a multiple of gpus_per_node=8",
+        ),
         (["--gpus", "8", "--gpu", "h100", "--usable_fraction", "2"], "usable_fraction=2.0 (command line)"),
         (["--gpus", "8", "--gpu", "h100", "--top", "-1"], "top=-1 (command line)"),
         (["--gpus", "8", "--gpu", "h100", "--dry_run"], "dry_run (command line): the planner starts nothing"),
