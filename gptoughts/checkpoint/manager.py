@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gptoughts.checkpoint import layout, random_state
+from gptoughts.checkpoint.identity import identity_differences
 from gptoughts.checkpoint.portable import CheckpointReader, ShardContent
 from gptoughts.engine.interface import Engine
 from gptoughts.errors import CheckpointError
@@ -56,6 +57,7 @@ class CheckpointManager:
         config_yaml: The resolved configuration, stored with every checkpoint.
         identity: What makes the model this one (family and shape); compared on resume.
         tokenizer: tokenizer.json to carry along (and tokenizer_config.json where it lies beside), if there is one.
+        later_fields: What checkpoints of earlier versions do not say of their model, and what it was.
     """
 
     run: Path
@@ -63,6 +65,7 @@ class CheckpointManager:
     config_yaml: str
     identity: Mapping[str, Any]
     tokenizer: Path | None = None
+    later_fields: Mapping[str, Any] = field(default_factory=dict)
     _buffers: dict[str, Tensor] = field(default_factory=dict)
     """Copies that an asynchronous save writes from."""
 
@@ -207,9 +210,8 @@ class CheckpointManager:
     def _check_identity(self, reader: CheckpointReader) -> None:
         saved = reader.manifest.get("model", {})
         problems = [
-            f"{reader.folder}: is a checkpoint of another model: {key}={saved.get(key)!r} there, {value!r} here"
-            for key, value in self.identity.items()
-            if saved.get(key) != value
+            f"{reader.folder}: is a checkpoint of another model: {name}={there!r} there, {here!r} here"
+            for name, (there, here) in identity_differences(saved, self.identity, self.later_fields).items()
         ]
         if problems:
             raise CheckpointError([*problems, "use another --output_dir, or --resume none"])

@@ -44,6 +44,17 @@ def read_origin(path: str) -> tuple[str, ModelConfig]:
     return config.model_type, config.model.filled()
 
 
+def origin_tokenizer(path: str) -> Path | None:
+    """tokenizer.json of the model at ``path``; None where none lies there.
+
+    Raises:
+        CheckpointError: nothing there that a run can start from.
+    """
+    folder = Path(path)
+    file = (folder if is_huggingface(folder) else layout.locate(folder)) / layout.TOKENIZER
+    return file if file.is_file() else None
+
+
 def shape_contradictions(path: str, wanted: ModelConfig) -> list[str]:
     """A line for each field of ``wanted`` with which the tensors at ``path`` would not fit."""
     try:

@@ -114,7 +114,7 @@ def reshard(source: Path, output: Path, target: Target) -> Conversion:
         new_folder(output) as partial,
         progress("dividing", [header for part in headers.values() for header in part]) as written,
     ):
-        folder = layout.step_folder(partial, layout.step_of(checkpoint))
+        folder = layout.step_folder(partial, int(reader.manifest["step"]))
         records = _copy_the_rest(checkpoint, folder, reader)
         for (rank, stage), part in headers.items():
             metadata = _metadata(reader, parts[rank, stage], rank, target.tensor)

@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 import pickle
 import re
+import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -227,7 +228,27 @@ def _check_ranks(folder: Path, found: Mapping[int, Path], needed: range, kind: s
         )
 
 
+def _check_content(path: Path) -> None:
+    """Compare every record with its checksum, which torch.load does not.
+
+    Raises:
+        CheckpointError: one differs.
+    """
+    try:
+        with zipfile.ZipFile(path) as file:
+            damaged = file.testzip()
+    except (OSError, zipfile.BadZipFile) as error:
+        raise CheckpointError(f"{path}: cannot be read ({error})") from None
+    if damaged is not None:
+        raise CheckpointError(
+            f"{path}: checksum of {damaged} differs: the file is damaged, or was written without checksums "
+            "(torch.serialization.set_crc32_options)"
+        )
+
+
 def _load(path: Path) -> dict[str, Any]:
+    if zipfile.is_zipfile(path):  # what else there is, torch.load names
+        _check_content(path)
     try:
         with torch.serialization.safe_globals(_ALLOWED):
             found = torch.load(path, map_location="cpu", mmap=True, weights_only=True)

@@ -33,6 +33,16 @@ ReadOrigin = Callable[[str], tuple[str, ModelConfig]]
 """``--init_from``'s path -> family and shape of the model there."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What a command line asks for, before it is joined into one tree."""
+
+    layers: Layers
+    family: FamilyLike
+    """The variant that the stated choices of the model name."""
+    dry_run: bool
+
+
 def load_experiment(
     argv: Sequence[str],
     families: Mapping[str, FamilyLike],
@@ -52,8 +62,31 @@ def load_experiment(
     Raises:
         ConfigError: with every problem that was found.
     """
+    problems: list[str] = []
+    request = read_request(argv, families, problems, read_origin=read_origin)
+    experiment = resolve(
+        request.layers, request.family.config_class, world_size=world_size, dry_run=request.dry_run, problems=problems,
+        inspect=inspect,
+    )  # fmt: skip
+    if experiment is None:
+        raise ConfigError(list(dict.fromkeys(problems)))
+    return experiment
+
+
+def read_request(
+    argv: Sequence[str],
+    families: Mapping[str, FamilyLike],
+    problems: list[str],
+    *,
+    read_origin: ReadOrigin | None = None,
+) -> Request:
+    """Read flags, YAML files and the DeepSpeed JSON; what is wrong with single values goes to ``problems``.
+
+    Raises:
+        ConfigError: no such family or preset; without one there is no tree.
+    """
     arguments = split_arguments(argv)
-    problems = list(arguments.problems)
+    problems += arguments.problems
     yaml_leaves = [(path, read_yaml(path, problems)) for path in arguments.config_files]
     origin = _origin(arguments, yaml_leaves, families, read_origin, problems)
     model_type, size, family = _peek(arguments, yaml_leaves, families, problems, origin)
@@ -78,13 +111,7 @@ def load_experiment(
     if family is None or preset is None:
         raise ConfigError(problems)
     layers = Layers(options, f"{model_type}/{size}", preset, json, json_values, explicit, origin)
-    experiment = resolve(
-        layers, family.config_class, world_size=world_size, dry_run=arguments.dry_run, problems=problems,
-        inspect=inspect,
-    )  # fmt: skip
-    if experiment is None:
-        raise ConfigError(list(dict.fromkeys(problems)))
-    return experiment
+    return Request(layers, family, arguments.dry_run)
 
 
 _YamlLeaves = Sequence[tuple[str, Mapping[str, Any]]]

@@ -14,12 +14,13 @@ VOCABULARY_MULTIPLE = 128
 class ModelConfig:
     """Fields that every family has. A preset fills all of them; flags and YAML override single ones."""
 
-    RUN_ONLY_FIELDS: ClassVar[frozenset[str]] = frozenset(
-        {"attention_dropout", "hidden_dropout", "init_method_std", "moe_token_dispatcher_type", "seq_length"}
-    )
+    RUN_ONLY_FIELDS: ClassVar[frozenset[str]] = frozenset({
+        "attention_dropout", "hidden_dropout", "init_method_std", "moe_aux_loss_coeff", "moe_router_bias_update_rate",
+        "moe_token_dispatcher_type", "moe_z_loss_coeff", "seq_length",
+    })  # fmt: skip
     """Fields that may change between a checkpoint and its resumption."""
-    LATER_FIELDS: ClassVar[frozenset[str]] = frozenset()
-    """Fields that checkpoints of earlier versions do not name; there they had their default."""
+    LATER_FIELDS: ClassVar[Mapping[str, Any]] = {}
+    """Fields that checkpoints of earlier versions do not name -> what their models had."""
     CHOICES: ClassVar[tuple[str, ...]] = ()
     """Fields that choose between the classes of a family with several (:meth:`is_chosen_by`)."""
 
@@ -147,9 +148,21 @@ class ModelConfig:
         """Parameters of the layer with this index, counted from 0 over the whole model."""
         return self.layer_parameters()
 
+    def replicated_parameters_of_layer(self, index: int) -> int:
+        """Those of a layer's parameters that every tensor-parallel rank has whole: its two norms here."""
+        return 2 * self.hidden_size
+
+    def routed_parameters_of_layer(self, index: int) -> int:
+        """Those of a layer's parameters that belong to routed experts."""
+        return 0
+
     def active_layer_parameters(self) -> int:
         """Parameters of one layer that a token passes; fewer than all where experts are chosen."""
         return self.layer_parameters()
+
+    def active_parameters_of_layer(self, index: int) -> int:
+        """Parameters of the layer with this index that a token passes."""
+        return self.active_layer_parameters()
 
     def all_layers_parameters(self) -> int:
         """Parameters of all layers."""

@@ -146,16 +146,14 @@ def build_tree(values: Mapping[str, Any], model_class: type[ModelConfig]) -> Exp
     return ExperimentConfig(**top, **sections)
 
 
-def resolve(
+def settle(
     layers: Layers,
     model_class: type[ModelConfig],
     *,
-    world_size: int,
-    dry_run: bool,
     problems: list[str],
     inspect: Callable[[ExperimentConfig], Inspection] | None,
-) -> Experiment | None:
-    """The resolved run, or None where ``problems`` (given and new ones) forbid it."""
+) -> tuple[ExperimentConfig, dict[str, str]]:
+    """The tree before anybody asks how many ranks there are, and dotted name -> source; ``problems`` grows."""
     problems += contradictions(layers.explicit, layers.json_values, layers.json.label)
     values, sources = layers.join()
     _settle_length(values, sources, problems)
@@ -168,6 +166,20 @@ def resolve(
             config = _settle_special_tokens(config, inspection.special_ids, sources)
     if not config.model.problems():
         config = replace(config, model=config.model.filled())  # some of it follows from the vocabulary
+    return config, sources
+
+
+def resolve(
+    layers: Layers,
+    model_class: type[ModelConfig],
+    *,
+    world_size: int,
+    dry_run: bool,
+    problems: list[str],
+    inspect: Callable[[ExperimentConfig], Inspection] | None,
+) -> Experiment | None:
+    """The resolved run, or None where ``problems`` (given and new ones) forbid it."""
+    config, sources = settle(layers, model_class, problems=problems, inspect=inspect)
     found, data_parallel_size = validate(config, sources, world_size=world_size)
     problems += found + expert_parallel_problems(layers.json, config)
     config, num_microbatches, found = resolve_batch(config, sources, data_parallel_size)

@@ -79,6 +79,20 @@ class Tokenizer:
         names = {role: self._find_token(role, vocabulary) for role in _KNOWN}
         return {role: vocabulary[name] for role, name in names.items() if name is not None}
 
+    def differences(self, other: Tokenizer) -> dict[str, tuple[int | None, int | None]]:
+        """Ordinary tokens that the two do not have under the same id: token -> (id here, id there).
+
+        Special and added tokens are left out: a copy may have more of them, or other names for reserved ones.
+        """
+        sides = [self.backend.get_vocab(with_added_tokens=False), other.backend.get_vocab(with_added_tokens=False)]
+        for tokenizer in (self, other):
+            for added in tokenizer.backend.get_added_tokens_decoder().values():
+                for side in sides:
+                    side.pop(added.content, None)
+        here, there = sides
+        names = sorted(here.keys() | there.keys())
+        return {name: (here.get(name), there.get(name)) for name in names if here.get(name) != there.get(name)}
+
     def _find_token(self, role: str, vocabulary: dict[str, int]) -> str | None:
         config_file = self.file.parent / TOKENIZER_CONFIG_FILE
         if config_file.is_file():

@@ -126,11 +126,25 @@ class ExpertFields(ModelConfig):
 
     def parameters_of_layer(self, index: int) -> int:
         """Parameters of the layer with this index: the first ones are dense."""
-        return self._dense_layer() if index < self.first_k_dense_layers else self.layer_parameters()
+        return self.layer_parameters() if self.has_experts(index) else self._dense_layer()
+
+    def replicated_parameters_of_layer(self, index: int) -> int:
+        """Norms, and the router of a layer with experts."""
+        router = self.num_moe_experts * self.hidden_size if self.has_experts(index) else 0
+        return super().replicated_parameters_of_layer(index) + router
+
+    def routed_parameters_of_layer(self, index: int) -> int:
+        """Those of a layer's parameters that belong to routed experts."""
+        expert = 3 * self.hidden_size * self.moe_ffn_hidden_size
+        return self.num_moe_experts * expert if self.has_experts(index) else 0
 
     def active_layer_parameters(self) -> int:
         """Parameters of a layer with experts that a token passes."""
         return self._expert_layer(self.moe_router_topk)
+
+    def active_parameters_of_layer(self, index: int) -> int:
+        """Parameters of the layer with this index that a token passes."""
+        return self.active_layer_parameters() if self.has_experts(index) else self._dense_layer()
 
     def all_layers_parameters(self) -> int:
         """Parameters of all layers, dense ones and those with experts."""

@@ -8,9 +8,13 @@ of which a causal mask needs half. An objective that predicts only some position
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
+from gptoughts.config.experiment import ParallelConfig
 from gptoughts.config.model import ModelConfig
+from gptoughts.config.pipeline import stage_layers
 from gptoughts.models.family import Family
 
 
@@ -44,11 +48,81 @@ def count_parameters(family: Family, model: ModelConfig) -> ParameterCount:
     )
 
 
+@dataclass(frozen=True)
+class StageParameters:
+    """Parameters of one pipeline stage by what divides them."""
+
+    divided: int
+    """By tensor parallelism."""
+    replicated: int
+    """By nothing: norms and routers."""
+    routed: int
+    """Routed experts': by tensor and expert parallelism."""
+
+    @property
+    def total(self) -> int:
+        """All of the stage."""
+        return self.divided + self.replicated + self.routed
+
+    def dense_on_rank(self, tensor: int) -> int:
+        """What a rank holds without routed experts."""
+        return self.divided // tensor + self.replicated
+
+    def routed_on_rank(self, tensor: int, expert: int) -> int:
+        """What a rank holds of the routed experts."""
+        return self.routed // (tensor * expert)
+
+
+@lru_cache(maxsize=256)
+def stage_parameters(model: ModelConfig, parallel: ParallelConfig) -> tuple[StageParameters, ...]:
+    """Parameters of each pipeline stage; a tied embedding belongs to the first one, multi-token prediction to the last.
+
+    Args:
+        model: A shape without problems.
+        parallel: A layout that divides its layers.
+    """
+    found = []
+    for stage, chunks in enumerate(stage_layers(model.num_layers, parallel)):
+        is_first, is_last = stage == 0, stage == parallel.pipeline - 1
+        layers = [index for chunk in chunks for index in chunk]
+        replicated = sum(map(model.replicated_parameters_of_layer, layers)) + is_last * model.hidden_size
+        routed = sum(map(model.routed_parameters_of_layer, layers))
+        matrices = is_first + (is_last and model.untie_embeddings_and_output_weights)
+        total = sum(map(model.parameters_of_layer, layers)) + matrices * model.embedding_parameters()
+        total += is_last * (model.hidden_size + model.mtp_parameters())
+        if is_last and model.mtp_depths():
+            behind = model.num_layers  # its layers are like those at the top of the model
+            routed += model.mtp_depths() * model.routed_parameters_of_layer(behind)
+            ends = 2 * model.hidden_size**2 + 3 * model.hidden_size
+            replicated += model.mtp_depths() * (model.replicated_parameters_of_layer(behind) + ends)
+        found.append(StageParameters(total - replicated - routed, replicated, routed))
+    return tuple(found)
+
+
+def flops_of_layers_per_token(family: Family, model: ModelConfig, layers: Sequence[int], seq_length: int) -> int:
+    """Floating-point operations of forward and backward per token of some layers, by their indices."""
+    active = sum(map(model.active_parameters_of_layer, layers))
+    return 6 * active + len(layers) * _attention_scores(family, model, seq_length)
+
+
+def flops_of_ends_per_token(family: Family, model: ModelConfig, seq_length: int) -> int:
+    """The same of what the last stage has beside layers: final norm, output layer, multi-token prediction."""
+    embedding, depths = model.embedding_parameters(), model.mtp_depths()
+    unneeded = round((1.0 - model.output_layer_fraction()) * embedding)
+    active = (1 + depths) * embedding - unneeded + model.hidden_size + model.active_mtp_parameters()
+    return 6 * active + depths * _attention_scores(family, model, seq_length)
+
+
+def _attention_scores(family: Family, model: ModelConfig, seq_length: int) -> int:
+    """Of one layer's scores and weighted values, per token."""
+    whole = 6 * seq_length * model.attention_width()
+    return whole // 2 if family.is_causal else whole
+
+
 def flops_per_token(family: Family, model: ModelConfig, seq_length: int) -> int:
     """Floating-point operations of forward and backward per token at ``seq_length`` tokens per sequence."""
-    attention = 6 * (model.num_layers + model.mtp_depths()) * seq_length * model.attention_width()
-    if family.is_causal:
-        attention //= 2
-    count = count_parameters(family, model)
-    unneeded_output = round((1.0 - model.output_layer_fraction()) * count.embedding)
-    return 6 * (count.active + count.active_mtp - unneeded_output) + attention
+    assert family.holds(model), f"{type(model).__name__} is no shape of family {family.name}"
+    layers = range(model.num_layers)
+    return flops_of_layers_per_token(family, model, layers, seq_length) + flops_of_ends_per_token(
+        family, model, seq_length
+    )

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from gptoughts.checkpoint import layout
-from gptoughts.checkpoint.origin import read_origin, shape_contradictions
+from gptoughts.checkpoint.origin import origin_tokenizer, read_origin, shape_contradictions
 from gptoughts.config.cli import load_experiment
 from gptoughts.config.experiment import ExperimentConfig
 from gptoughts.config.resolve import Inspection
@@ -21,11 +21,12 @@ def inspect(config: ExperimentConfig) -> Inspection:
     """Look at what the configuration names on disk: corpus, tokenizer, output folder, checkpoint."""
     problems: list[str] = []
     vocab_size: int | None = None
+    tokenizer: str | None = None
     special_ids: dict[str, int] = {}
     if config.data.train:
         try:
             corpus = inspect_corpus(config.data, seq_length=config.block_size or config.model.seq_length)
-            vocab_size = corpus.vocab_size
+            vocab_size, tokenizer = corpus.vocab_size, corpus.tokenizer
             if corpus.tokenizer is not None and config.model.token_roles():
                 # Not above: --help needs no tokenizer.
                 from gptoughts.data.tokenizer import load_tokenizer
@@ -44,8 +45,33 @@ def inspect(config: ExperimentConfig) -> Inspection:
         problems += [f"--resume {line}" for line in error.problems]
     if config.init_from is not None and not config.model.problems():
         problems += shape_contradictions(config.init_from, config.model)
+        if tokenizer is not None:
+            problems += _tokenizer_contradictions(config.init_from, tokenizer)
     problems += _output_problems(Path(config.output_dir))
     return Inspection(vocab_size=vocab_size, problems=problems, special_ids=special_ids)
+
+
+def _tokenizer_contradictions(init_from: str, tokenizer: str) -> list[str]:
+    """Whether the weights would meet the tokens that they know: ids of another tokenizer mean other words."""
+    from gptoughts.data.tokenizer import load_tokenizer, tokenizer_file
+
+    try:
+        origin, file = origin_tokenizer(init_from), tokenizer_file(tokenizer)
+        if origin is None or origin.read_bytes() == file.read_bytes():
+            return []
+        differences = load_tokenizer(file).differences(load_tokenizer(origin))
+    except CheckpointError:
+        return []  # said where the shape was looked for
+    except DataError as error:
+        return error.problems
+    if not differences:
+        return []
+    token, (here, there) = next(iter(differences.items()))
+    return [
+        f"init_from={init_from}: its tokenizer ({origin}) gives other ids than the corpus's ({file}) to "
+        f"{len(differences)} tokens: {token!r} is {there} there, {here} here; prepare the corpus with the model's own, "
+        f"tools/preprocess_data.py --tokenizer {origin}"
+    ]
 
 
 def _output_problems(folder: Path) -> list[str]:

@@ -129,6 +129,7 @@ def _run(experiment: Experiment, run_folder: Path, stop: StopRequests, extra_cal
         to_yaml(config),
         model_identity(config),
         carried_tokenizer(config, corpus, run_folder),
+        config.model.LATER_FIELDS,
     )
     state = TrainState()
     reader = manager.find(config.resume)

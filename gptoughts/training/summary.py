@@ -9,22 +9,10 @@ from gptoughts.config.pipeline import bubble_fraction, stage_layers
 from gptoughts.config.resolve import Experiment
 from gptoughts.models.family import Family
 from gptoughts.models.flops import count_parameters, flops_per_token
+from gptoughts.planning.memory import RankMemory, largest_memory, stage_needs
+from gptoughts.planning.zero import ZeroSettings
 
 _MIB = 1024**2
-
-
-def largest_stage_parameters(experiment: Experiment) -> int:
-    """Parameters of the pipeline stage that has most of them (all, where there is one stage)."""
-    model, parallel = experiment.config.model, experiment.config.parallel
-    if parallel.pipeline == 1:
-        return model.total_parameters() + model.mtp_parameters()
-    stages = [
-        sum(model.parameters_of_layer(index) for layers in chunks for index in layers)
-        for chunks in stage_layers(model.num_layers, parallel)
-    ]
-    stages[0] += model.embedding_parameters()
-    stages[-1] += model.embedding_parameters() + model.hidden_size
-    return max(stages)
 
 
 def describe_stages(experiment: Experiment) -> list[str]:
@@ -46,34 +34,12 @@ def describe_stages(experiment: Experiment) -> list[str]:
     return lines
 
 
-def memory_per_rank(experiment: Experiment, num_parameters: int) -> dict[str, int]:
-    """Bytes per rank of parameters, gradients and optimizer state.
-
-    ZeRO (arXiv:1910.02054, section 3): stage 1 divides the optimizer's state over the data-parallel ranks, stage 2 the
-    gradients too, stage 3 the parameters too. AdamW keeps two fp32 moments, and an fp32 master copy of weights that
-    are not fp32 themselves. Tensor parallelism divides (almost) everything; norms, which it does not, are small.
-    Expert parallelism divides the routed experts over some of the data-parallel ranks, ZeRO each share over the others.
-
-    Args:
-        experiment: The run.
-        num_parameters: Of the whole model, or of the pipeline stage in question.
-    """
-    precision = experiment.config.train.precision
-    size = experiment.data_parallel_size
-    parallel = experiment.config.parallel
-    experts = experiment.config.model.expert_parallel_parameters()
-    whole = (num_parameters - experts * (1 - 1 / parallel.expert)) / parallel.tensor
-    divided = num_parameters / parallel.tensor / size
-    width = 4 if precision == "fp32" else 2
-    stage = experiment.zero_stage
-    accumulated = experiment.deepspeed.get("data_types", {}).get("grad_accum_dtype", "fp32")
-    gradient_width = 4 if accumulated == "fp32" else 2
-    master = 0 if precision == "fp32" and stage == 0 else 4
-    return {
-        "parameters": int(width * (divided if stage >= 3 else whole)),
-        "gradients": int(gradient_width * (divided if stage >= 2 else whole)),
-        "optimizer": int((8 + master) * (divided if stage >= 1 else whole)),
-    }
+def memory_per_rank(experiment: Experiment) -> RankMemory:
+    """Predicted bytes on the fullest rank (``planning.memory``)."""
+    config, data = experiment.config, experiment.data_parallel_size
+    zero = ZeroSettings.read(experiment.deepspeed, config.train.precision or "bf16")
+    needs = stage_needs(config, data=data, num_microbatches=experiment.num_microbatches)
+    return largest_memory(config, zero, needs)
 
 
 def describe_ranks(experiment: Experiment) -> str:
@@ -91,7 +57,7 @@ def print_summary(experiment: Experiment, family: Family) -> None:
     count = count_parameters(family, config.model)
     sequence = config.block_size or config.model.seq_length
     flops = flops_per_token(family, config.model, sequence)
-    memory = memory_per_rank(experiment, largest_stage_parameters(experiment))
+    memory = memory_per_rank(experiment)
     print(to_yaml(config).rstrip())
     print("\n# DeepSpeed")
     print(json.dumps(experiment.deepspeed, indent=2))
@@ -106,6 +72,17 @@ def print_summary(experiment: Experiment, family: Family) -> None:
     print(f"ranks                     {describe_ranks(experiment)}")
     for line in describe_stages(experiment):
         print(line)
-    for name, num_bytes in memory.items():
-        print(f"{name + ' per rank':<25} {num_bytes / _MIB:,.1f} MiB")
-    print(f"{'sum per rank':<25} {sum(memory.values()) / _MIB:,.1f} MiB (activations come on top)")
+    state = {name: getattr(memory, name) for name in ("parameters", "gradients", "optimizer")}
+    on_top = {"activations": memory.activations + memory.logits, "buffers": memory.buffers}
+    for name, num_bytes in state.items():
+        print(_line(f"{name} per rank", num_bytes))
+    print(_line("sum per rank", sum(state.values())))
+    for name, num_bytes in on_top.items():
+        print(_line(f"{name} per rank", num_bytes))
+    print(_line("in all per rank", memory.total) + " (predicted, on the fullest rank; docs/parallelism.md)")
+    if memory.host:
+        print(_line("in the host's memory", memory.host) + " per rank")
+
+
+def _line(name: str, num_bytes: int) -> str:
+    return f"{name:<25} {num_bytes / _MIB:,.1f} MiB"

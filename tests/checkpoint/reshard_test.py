@@ -71,8 +71,10 @@ def test_divided_as_the_layout_divides_and_whole_again(family: str, tmp_path: Pa
 
 def test_a_file_holds_what_its_rank_needs(tmp_path: Path) -> None:
     (saved,) = run_distributed(train, 1, "gpt", str(tmp_path / "source"))
-    reshard(Path(saved), tmp_path / "divided", Target(tensor=2, pipeline=2))
+    copied = Path(saved).rename(tmp_path / "under another name")
+    reshard(copied, tmp_path / "divided", Target(tensor=2, pipeline=2))
     folder = layout.locate(tmp_path / "divided")
+    assert folder.name == Path(saved).name
     first, last = (safe_open(folder / f"mp_rank_01_00{stage}.safetensors", framework="pt") for stage in (0, 1))
     assert json.loads(first.metadata()["fragments"])["weight/0/embedding.word_embeddings.weight"] == [[128, 256], 0, 1]
     names = [{key.split("/", 2)[2] for key in file.keys()} for file in (first, last)]  # noqa: SIM118

@@ -76,6 +76,15 @@ def check_problems(folder: Path) -> None:
     with pytest.raises(CheckpointError, match=f"{rank_1}: "):
         ZeroCheckpoint(torn)
 
+    flipped = copy("flipped")
+    content = bytearray((flipped / rank_1).read_bytes())
+    state = torch.load(flipped / rank_1, weights_only=False)["optimizer_state_dict"]
+    place = content.index(state["single_partition_of_fp32_groups"][0].detach().numpy().tobytes())
+    content[place] ^= 1  # the last bit of one weight
+    (flipped / rank_1).write_bytes(content)
+    with pytest.raises(CheckpointError, match=f"{rank_1}: checksum of .* differs"):
+        ZeroCheckpoint(flipped)
+
     short = copy("short")
     content = torch.load(short / rank_1, weights_only=False)
     groups = content["optimizer_state_dict"]["single_partition_of_fp32_groups"]

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 
-from gptoughts.checkpoint.identity import model_identity
 from gptoughts.config.cli import load_experiment
 from gptoughts.errors import ConfigError
 from gptoughts.models.deepseek.config import DeepSeekConfig
@@ -132,15 +131,3 @@ def test_shapes_that_make_no_sense_are_named() -> None:
         "mtp_num_layers=-1: must be 0 or greater",
         "mtp_loss_scaling_factor=-0.1: must be 0 or greater",
     ]
-
-
-def test_older_checkpoints_and_a_later_factor_fit() -> None:
-    """A checkpoint made before the option existed does not name it; V3's factor fell from 0.3 to 0.1 on the way."""
-
-    def identity(**fields: Any) -> dict[str, Any]:
-        flags = [f"--model.{name}={value}" for name, value in fields.items()]
-        return model_identity(load_experiment(["--model_type=deepseek", *flags], FAMILIES, world_size=1).config)
-
-    assert "mtp_num_layers" not in identity()
-    assert identity(mtp_num_layers=1)["mtp_num_layers"] == 1
-    assert identity(mtp_num_layers=1, mtp_loss_scaling_factor=0.1) == identity(mtp_num_layers=1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
+import json
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from gptoughts.checkpoint.huggingface.tensor_files import TensorFolder
 from gptoughts.checkpoint.origin import read_origin
 from gptoughts.checkpoint.portable import CheckpointReader
 from gptoughts.config.cli import load_experiment
+from gptoughts.data.tokenizer import tokenizer_file
 from gptoughts.errors import CheckpointError, ConfigError
 from gptoughts.models.registry import FAMILIES
 from tests.distributed import run_distributed
@@ -168,3 +170,25 @@ def resume_from(folder: str) -> None:
 def test_nothing_there(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no such checkpoint"):
         read_origin(str(tmp_path / "none"))
+
+
+def test_a_corpus_in_another_tokenizer_is_refused(corpus: Corpus, tmp_path: Path) -> None:  # noqa: F811
+    """Its ids are in range, and mean other words."""
+    from gptoughts.training import pretrain
+
+    source = publish(tmp_path / "model", vocab_size=512, hidden_size=64, intermediate_size=128)
+    own = tokenizer_file(corpus.tokenizer)
+    text = json.loads(own.read_text(encoding="utf-8"))
+    arguments = [f"--init_from={source}", f"--data={corpus.prefix}", f"--output_dir={tmp_path / 'run'}", "--dry_run",
+                 "--block_size=64"]  # fmt: skip
+    vocabulary = text["model"]["vocab"]
+    first, second = list(vocabulary)[-2:]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    (source / "tokenizer.json").write_text(json.dumps(text), encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"gives other ids than the corpus's \(.*\) to 2 tokens"):
+        pretrain.main(arguments)
+    # A further special token moves no ordinary one.
+    text = json.loads(own.read_text(encoding="utf-8"))
+    text["added_tokens"].append({**text["added_tokens"][0], "id": 512, "content": "<|further|>"})
+    (source / "tokenizer.json").write_text(json.dumps(text), encoding="utf-8")
+    assert pretrain.main(arguments) == 0

@@ -9,7 +9,7 @@ import pytest
 
 from gptoughts.config.cli import load_experiment
 from gptoughts.models.registry import FAMILIES
-from gptoughts.training.summary import memory_per_rank
+from gptoughts.training.summary import memory_per_rank, print_summary
 
 
 @pytest.mark.parametrize(
@@ -27,8 +27,8 @@ def test_memory_per_rank(tmp_path: Path, stage: int, precision: str, expected: t
     path.write_text(json.dumps({"zero_optimization": {"stage": stage}}))
     flags = [f"--deepspeed_config={path}", f"--train.precision={precision}"]
     experiment = load_experiment(flags, FAMILIES, world_size=2)
-    found = memory_per_rank(experiment, 1000)
-    assert found == dict(zip(("parameters", "gradients", "optimizer"), (1000 * n for n in expected), strict=True))
+    found, count = memory_per_rank(experiment), experiment.config.model.total_parameters()
+    assert (found.parameters, found.gradients, found.optimizer) == tuple(count * n for n in expected)
 
 
 @pytest.mark.parametrize(("stage", "expected"), [(0, (1, 1)), (1, (1, 0.25)), (3, (0.25, 0.25))])
@@ -38,9 +38,18 @@ def test_memory_per_rank_with_divided_experts(tmp_path: Path, stage: int, expect
     flags = ["--model_type=deepseek", f"--deepspeed_config={path}", "--train.precision=fp32", "--parallel.expert=2"]
     experiment = load_experiment(flags, FAMILIES, world_size=4)
     experts = experiment.config.model.expert_parallel_parameters()
-    total = experts + 1000
+    total = experiment.config.model.total_parameters()
     # Half of the experts on a rank, unless ZeRO divides all of them over four.
-    whole = {1: 1000 + experts // 2, 0.25: total / 4}
-    found = memory_per_rank(experiment, total)
-    assert found["parameters"] == 4 * whole[expected[0]]
-    assert found["optimizer"] == (8 if stage == 0 else 12) * whole[expected[1]]
+    whole = {1: total - experts // 2, 0.25: total / 4}
+    found = memory_per_rank(experiment)
+    assert found.parameters == 4 * whole[expected[0]]
+    assert found.optimizer == (8 if stage == 0 else 12) * whole[expected[1]]
+
+
+def test_dry_run_prints_activations_too(capsys: pytest.CaptureFixture[str]) -> None:
+    experiment = load_experiment(["--size=debug", "--batch_size=2"], FAMILIES, world_size=1)
+    print_summary(experiment, FAMILIES["gpt"])
+    printed = capsys.readouterr().out
+    memory = memory_per_rank(experiment)
+    assert f"{'in all per rank':<25} {memory.total / 2**20:,.1f} MiB" in printed
+    assert memory.activations > 0

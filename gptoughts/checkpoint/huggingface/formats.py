@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import struct
 from dataclasses import dataclass
@@ -80,17 +81,36 @@ def understand(config: dict[str, Any], model_type: str | None, label: str) -> Pu
     Raises:
         CheckpointError: it says what cannot be held here; ``label`` names it.
     """
-    found = next((one for one in FORMATS if one.model_type == model_type and one.is_for(config)), None)
+    problems: list[str] = []
+    try:
+        found = next((one for one in FORMATS if one.model_type == model_type and one.is_for(config)), None)
+        model = found.read(config, problems) if found is not None else None
+    except (TypeError, ValueError) as error:
+        raise CheckpointError([f"{label}: {p}" for p in problems] + [f"{label}: a value of no use: {error}"]) from None
     if found is None:
         known = ", ".join(dict.fromkeys(one.model_type for one in FORMATS))
         raise CheckpointError(f"{label}: model_type={model_type!r}: not one of those that convert: {known}")
-    problems: list[str] = []
-    model = found.read(config, problems)
     if model is not None:
-        problems += model.problems()
+        problems += _kind_problems(model) or model.problems()
     if problems or model is None:
         raise CheckpointError([f"{label}: {problem}" for problem in problems])
     return Published(found, model, read_quantization(config, []))
+
+
+_KINDS: dict[str, tuple[tuple[type, ...], str]] = {
+    "int": ((int,), "a whole number"), "float": ((int, float), "a number"), "bool": ((bool,), "true or false"),
+}  # fmt: skip
+
+
+def _kind_problems(model: ModelConfig) -> list[str]:
+    """A line for each field that a file filled with a value of another kind."""
+    found = []
+    for field in dataclasses.fields(model):
+        value = getattr(model, field.name)
+        kinds, words = _KINDS.get(str(field.type).removesuffix(" | None"), ((object,), ""))
+        if value is not None and (not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds)):
+            found.append(f"{field.name}={value!r}: {words} is needed")
+    return found
 
 
 def format_for(family: str, model: ModelConfig) -> Format:

@@ -36,7 +36,7 @@ class TensorFolder:
     def __init__(self, folder: Path, quantization: BlockQuantization | None = None, dequantized: str = "BF16") -> None:
         self.headers: dict[str, TensorHeader] = {}
         self.problems: list[str] = []
-        """FP8 matrices whose factors are missing or of another shape, by name."""
+        """Tensors that several files hold, FP8 matrices whose factors are missing or of another shape, by name."""
         self._quantization = quantization
         self._scales: dict[str, str] = {}
         self._files: dict[str, Any] = {}
@@ -44,6 +44,8 @@ class TensorFolder:
             try:
                 handle = safe_open(path, framework="pt")
                 for name in handle.keys():  # noqa: SIM118 (safe_open is no dict)
+                    if name in self.headers:
+                        self.problems.append(f"{name}: in several files, {path.name} and another")
                     view = handle.get_slice(name)
                     self.headers[name] = TensorHeader(name, view.get_dtype(), tuple(view.get_shape()))
                     self._files[name] = handle

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from gptoughts.models.expert_shape import ExpertFields
 from gptoughts.models.mla.config import MLAConfig
@@ -15,7 +16,7 @@ class DeepSeekConfig(ExpertFields, YarnFields, MLAConfig):
     """Fields of the family ``deepseek``."""
 
     RUN_ONLY_FIELDS: ClassVar[frozenset[str]] = MLAConfig.RUN_ONLY_FIELDS | {"mtp_loss_scaling_factor"}
-    LATER_FIELDS: ClassVar[frozenset[str]] = MLAConfig.LATER_FIELDS | {"mtp_num_layers"}
+    LATER_FIELDS: ClassVar[Mapping[str, Any]] = {**MLAConfig.LATER_FIELDS, "mtp_num_layers": 0}
 
     mtp_num_layers: int = 0
     """Depths of multi-token prediction: modules behind the model, each of which learns to predict one token further."""

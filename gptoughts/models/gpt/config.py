@@ -115,6 +115,11 @@ class GPTConfig(ModelConfig):
         norms = 2 * self._head_size if self.qk_layernorm else 0
         return matrices + bias + norms
 
+    def replicated_parameters_of_layer(self, index: int) -> int:
+        """The layer's norms, and the head norms, whose weight all heads share."""
+        head_norms = 2 * self._head_size if self.qk_layernorm else 0
+        return super().replicated_parameters_of_layer(index) + head_norms
+
     def attention_width(self) -> int:
         """Heads x (query-key size + value size)."""
         return self.num_attention_heads * 2 * self._head_size

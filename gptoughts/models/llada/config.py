@@ -28,6 +28,7 @@ class DiffusionFields(ModelConfig):
     RUN_ONLY_FIELDS: ClassVar[frozenset[str]] = ModelConfig.RUN_ONLY_FIELDS | {
         "mask_epsilon", "random_length_probability", "is_low_discrepancy", "eos_token_id", "eot_token_id",
     }  # fmt: skip
+    LATER_FIELDS: ClassVar[Mapping[str, Any]] = {"attention": "mha", "num_moe_experts": 0, "is_shifted": False}
     CHOICES: ClassVar[tuple[str, ...]] = ("attention", "num_moe_experts")
 
     attention: Literal["mha", "mla"] = "mha"

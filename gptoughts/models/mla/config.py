@@ -63,6 +63,10 @@ class MLAConfig(ModelConfig):
         up = self.kv_lora_rank + self.kv_lora_rank * heads * (self.qk_head_dim + self.v_head_dim)
         return query + down + up + heads * self.v_head_dim * hidden
 
+    def replicated_parameters_of_layer(self, index: int) -> int:
+        """The layer's norms and those of the latents (the down projections are divided over their outputs)."""
+        return super().replicated_parameters_of_layer(index) + (self.q_lora_rank or 0) + self.kv_lora_rank
+
     def attention_width(self) -> int:
         """Heads x (query-key size + value size), in the expanded form that training uses."""
         return self.num_attention_heads * (self.qk_head_dim + self.qk_pos_emb_head_dim + self.v_head_dim)

@@ -125,6 +125,9 @@ def test_a_tied_output_layer_may_be_in_the_file_if_it_is_the_embedding(publish: 
         ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "rope_type='yarn': not built"),
         ({"rope_parameters": {"rope_type": "llama3", "factor": 4.0}}, "rope_scaling.low_freq_factor: missing"),
         ({"hidden_size": None}, "hidden_size: missing"),
+        ({"hidden_size": "64"}, "hidden_size='64': a whole number is needed"),
+        ({"num_hidden_layers": 2.5}, "num_layers=2.5: a whole number is needed"),
+        ({"rope_theta": [], "rope_parameters": None}, "a value of no use: "),
         ({"model_type": "mistral", "sliding_window": 32}, "sliding_window=32"),
         ({"model_type": "mistral"}, "sliding_window: missing"),
         ({"model_type": "deepseek_v3", "first_k_dense_replace": 1}, "n_routed_experts: missing"),
@@ -173,3 +176,12 @@ def test_a_damaged_checkpoint_is_not_exported(publish: Publish, tmp_path: Path) 
     with pytest.raises(CheckpointError, match=r"weights_00000\.safetensors: checksum differs"):
         export_model(tmp_path / "run", tmp_path / "back")
     assert not (tmp_path / "back").exists()
+
+
+def test_a_tensor_in_two_files_is_named(publish: Publish, tmp_path: Path) -> None:
+    source = publish("llama", max_shard_size="40KB")
+    first, second = sorted(source.glob("*.safetensors"))[:2]
+    name, tensor = next(iter(load_file(first).items()))
+    save_file(load_file(second) | {name: tensor + 1}, second)
+    with pytest.raises(CheckpointError, match=rf"{name}: in several files, {second.name} and another"):
+        import_model(source, tmp_path / "run")

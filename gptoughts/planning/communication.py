@@ -1,0 +1,150 @@
+"""Bytes that a rank sends per step along each axis, and how long its links take for them.
+
+A ring over r ranks sends (r - 1) / r of a tensor per rank to gather or reduce-scatter it, and twice that to all-reduce
+it. Of one microbatch's n = s b tokens and w bytes per element a layer sends
+
+    tensor             2 (t - 1)/t n w (C + R)      all-reduces: inputs' gradients of column-parallel layers, outputs of
+                                                    row-parallel ones
+    with sequence      (t - 1)/t n w (3 C + 2 R)    gathered, scattered back, and gathered once more in backward
+    expert             4 (e - 1)/e n k h w          to the experts and back, forward and backward (alltoall)
+    pipeline           2 n' h w per chunk           activations on, gradients back
+
+with C and R the summed widths of column-parallel inputs and row-parallel outputs. Per step, for P parameters on a rank
+and d data-parallel ranks, with g bytes per gradient on its way:
+
+    ZeRO 0             2 (d - 1)/d 4 P
+    ZeRO 1             (d - 1)/d (g + w) P          gradients to their owners, weights back
+    ZeRO 2             (d - 1)/d (M g + w) P        after every one of M microbatches
+    ZeRO 3             (d - 1)/d M (2 w + g) P      weights gathered in forward and backward
+
+(Megatron-LM, arXiv:1909.08053, section 3; arXiv:2205.05198, section 4.2; arXiv:2104.04473, section 3.2;
+arXiv:1910.02054, section 7.) The latency of messages is left out: many small ones take longer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from gptoughts.config.experiment import ExperimentConfig
+from gptoughts.config.pipeline import stage_layers
+from gptoughts.models.expert_shape import ExpertFields
+from gptoughts.models.mla.config import MLAConfig
+from gptoughts.planning.activations import Microbatch, microbatch
+from gptoughts.planning.memory import Division
+from gptoughts.planning.zero import ZeroSettings
+
+_FP32 = 4
+
+
+@dataclass(frozen=True)
+class Links:
+    """Bytes per second that a rank can send."""
+
+    intra_node: float
+    inter_node: float
+    ranks_per_node: int
+
+    def of_group(self, stride: int, size: int) -> float:
+        """Of a group of ``size`` ranks, each ``stride`` behind the one before; the slowest link decides."""
+        return self.intra_node if stride * size <= self.ranks_per_node else self.inter_node
+
+
+def tensor_bytes(config: ExperimentConfig, batch: Microbatch, layers: list[int], *, is_last: bool) -> float:
+    """Sent along the tensor axis for one microbatch of a stage."""
+    if batch.tensor == 1:
+        return 0.0
+    model = config.model
+    columns = [model.hidden_size]
+    if isinstance(model, MLAConfig):
+        columns = [2 * model.hidden_size, model.q_lora_rank or 0, model.kv_lora_rank]
+    total = 0.0
+    for index in layers:
+        has_experts = isinstance(model, ExpertFields) and model.has_experts(index)
+        shared = isinstance(model, ExpertFields) and model.moe_shared_expert_intermediate_size > 0
+        halves = 1 + (has_experts and shared)  # routed experts, and shared ones beside them
+        column, row = sum(columns) + halves * model.hidden_size, (1 + halves) * model.hidden_size
+        total += 3 * column + 2 * row if batch.is_sequence_divided else 2 * (column + row)
+        if has_experts and batch.is_sequence_divided:
+            total -= model.hidden_size  # routed experts keep what they have gathered
+    if is_last:
+        total += (3 if batch.is_sequence_divided else 2) * model.hidden_size
+    return (batch.tensor - 1) / batch.tensor * batch.tokens * batch.width * total
+
+
+def expert_bytes(config: ExperimentConfig, batch: Microbatch, layers: list[int]) -> float:
+    """Sent along the expert axis for one microbatch, where the load is even."""
+    model, expert = config.model, batch.expert
+    if expert == 1 or not isinstance(model, ExpertFields):
+        return 0.0
+    travels = (expert - 1) / expert * model.moe_router_topk
+    if model.moe_token_dispatcher_type == "allgather":
+        travels = expert - 1
+    with_experts = sum(map(model.has_experts, layers))
+    return 4 * with_experts * travels * batch.tokens * model.hidden_size * batch.width
+
+
+def pipeline_bytes(config: ExperimentConfig, batch: Microbatch) -> float:
+    """Sent to neighbours for one microbatch by a stage in the middle."""
+    parallel = config.parallel
+    if parallel.pipeline == 1:
+        return 0.0
+    return 2 * parallel.virtual_pipeline * batch.own_tokens * config.model.hidden_size * batch.width
+
+
+def data_bytes(division: Division, zero: ZeroSettings, width: int, num_microbatches: int) -> float:
+    """Sent along the data axis in a step."""
+
+    def exchanged(elements: int, ranks: int) -> float:
+        reduced, returned = float(zero.communication_width), float(width)
+        if zero.stage == 0:
+            reduced, returned = 2.0 * _FP32, 0.0
+        elif zero.stage == 2:
+            reduced *= num_microbatches
+        elif zero.stage == 3:
+            reduced *= num_microbatches
+            returned *= 2 * num_microbatches
+        return (ranks - 1) / ranks * elements * (reduced + returned)
+
+    return exchanged(division.dense, division.data) + exchanged(division.routed, division.data // division.expert)
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """What a rank sends in a step, and how long that takes."""
+
+    num_bytes: Mapping[str, float]
+    """Axis -> bytes."""
+    seconds: Mapping[str, float]
+    """Axis -> seconds on its links."""
+
+
+def step_traffic(
+    config: ExperimentConfig,
+    division: Division,
+    zero: ZeroSettings,
+    stage: int,
+    *,
+    num_microbatches: int,
+    links: Links,
+) -> Traffic:
+    """Of a rank of one stage, per step."""
+    batch, parallel = microbatch(config), config.parallel
+    layers = [index for chunk in stage_layers(config.model.num_layers, parallel)[stage] for index in chunk]
+    is_last = stage == parallel.pipeline - 1
+    if is_last:
+        layers += [config.model.num_layers] * config.model.mtp_depths()
+    replicas = parallel.tensor * division.data
+    num_bytes = {
+        "tensor": num_microbatches * tensor_bytes(config, batch, layers, is_last=is_last),
+        "expert": num_microbatches * expert_bytes(config, batch, layers),
+        "pipeline": num_microbatches * pipeline_bytes(config, batch),
+        "data": data_bytes(division, zero, batch.width, num_microbatches),
+    }
+    rates = {
+        "tensor": links.of_group(1, parallel.tensor),
+        "expert": links.of_group(parallel.tensor, parallel.expert),
+        "pipeline": links.of_group(replicas, 2),
+        "data": links.of_group(parallel.tensor, division.data),
+    }
+    return Traffic(num_bytes, {axis: count / rates[axis] for axis, count in num_bytes.items()})

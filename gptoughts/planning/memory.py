@@ -1,0 +1,280 @@
+"""Bytes on the fullest rank of a layout: what it holds all the time, and the most that a step adds.
+
+ZeRO (arXiv:1910.02054, section 3) of P parameters on a rank of a stage and n data-parallel ranks, in bytes:
+
+    stage    weights     gradients   optimizer
+    0        w P         4 P         8 P + masters
+    1        w P         g P         12 P / n
+    2        w P         g P / n     12 P / n
+    3        w P / n     g P / n     12 P / n
+
+with w bytes per weight and g of an accumulated gradient (4 unless data_types.grad_accum_dtype says otherwise). Masters
+are 4 P where weights are not fp32. DeepSpeed keeps fp32 masters beside fp32 weights as well, from stage 1 on. Routed
+experts are divided by n / (expert-parallel ranks). What a step adds is the greater of two moments:
+
+    backward   activations (``activations``), one operator's temporaries, ZeRO's bucket, and what ZeRO-3 has gathered
+    update     the bucket and a flat copy of the gradients that are updated here
+
+Weights that stage 3 does not divide because they are small (norms), padding and the optimizer's step counts are left
+out: below 1% of any model that needs more than one rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from gptoughts.config.experiment import ExperimentConfig, ParallelConfig
+from gptoughts.config.model import ModelConfig
+from gptoughts.models.expert_shape import ExpertFields
+from gptoughts.models.flops import StageParameters, stage_parameters
+from gptoughts.planning import activations
+from gptoughts.planning.activations import WIDTHS, Microbatch
+from gptoughts.planning.zero import ZeroSettings
+
+_FP32 = 4
+_MOMENTS = 8
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    """Bytes on one rank."""
+
+    parameters: int
+    gradients: int
+    optimizer: int
+    activations: int
+    logits: int
+    """Of them activations that the output layer and the loss keep (0 before the last stage); counted once, here."""
+    buffers: int
+    """Gathered weights, buckets and operators' temporaries at the fullest moment."""
+    host: int = 0
+    """In the host's memory (offload)."""
+
+    @property
+    def total(self) -> int:
+        """On the device."""
+        return self.parameters + self.gradients + self.optimizer + self.activations + self.logits + self.buffers
+
+
+@dataclass(frozen=True)
+class Division:
+    """How a rank's parameters are divided for ZeRO."""
+
+    dense: int
+    """Parameters on a rank beside routed experts."""
+    routed: int
+    data: int
+    """Data-parallel ranks."""
+    expert: int
+    """Expert-parallel ranks among them."""
+
+    @property
+    def whole(self) -> int:
+        """Without ZeRO."""
+        return self.dense + self.routed
+
+    @property
+    def part(self) -> float:
+        """With ZeRO."""
+        return self.dense / self.data + self.routed / (self.data // self.expert)
+
+
+def divide(stage: StageParameters, config: ExperimentConfig, data: int) -> Division:
+    """Of one stage, over ``data`` data-parallel ranks."""
+    tensor, expert = config.parallel.tensor, config.parallel.expert
+    return Division(stage.dense_on_rank(tensor), stage.routed_on_rank(tensor, expert), data, expert)
+
+
+def state_bytes(division: Division, zero: ZeroSettings, width: int) -> dict[str, float]:
+    """Weights, gradients and optimizer state, wherever they are.
+
+    Args:
+        division: The rank's parameters.
+        zero: DeepSpeed's settings.
+        width: Bytes of a weight.
+    """
+    whole, part = division.whole, division.part
+    masters = 0 if width == _FP32 and zero.stage == 0 else _FP32
+    return {
+        "parameters": width * (part if zero.stage >= 3 else whole),
+        "gradients": zero.gradient_width * (part if zero.stage >= 2 else whole),
+        "optimizer": (_MOMENTS + masters) * (part if zero.stage >= 1 else whole),
+    }
+
+
+def gathered_elements(division: Division, zero: ZeroSettings, layer_elements: int) -> int:
+    """Most weights that ZeRO-3 has whole at one time.
+
+    Between a layer's forward and its backward lie twice the weights above it, so that those of the last half of the
+    reuse distance stay (DeepSpeed 0.19.8, runtime/zero/partitioned_param_coordinator.py:653); beside them the layer at
+    work, the one before it, and what is fetched ahead.
+    """
+    if zero.stage < 3:
+        return 0
+    return min(division.whole, zero.reuse_elements // 2 + zero.prefetch_elements + 2 * layer_elements)
+
+
+def buffer_bytes(
+    division: Division, zero: ZeroSettings, width: int, *, layer_elements: int, kept: int, temporaries: int
+) -> int:
+    """What the fullest moment of a step has beyond state and kept activations.
+
+    Args:
+        division: The rank's parameters.
+        zero: DeepSpeed's settings.
+        width: Bytes of a weight.
+        layer_elements: Parameters of the largest layer on this rank.
+        kept: Activations at their fullest, which the update no longer has.
+        temporaries: Of one operator.
+    """
+    bucket = zero.num_buckets * min(zero.bucket_elements, max(division.whole, 1))
+    if zero.stage >= 1:
+        bucket = zero.num_buckets * zero.bucket_elements  # allocated whole
+    backward, update = float(temporaries), 0.0
+    if zero.stage == 0:
+        update = _FP32 * bucket if division.data > 1 else 0
+    elif zero.stage == 1:
+        # Nothing is reduced before the update; the bucket holds accumulated gradients.
+        update = zero.gradient_width * bucket + _FP32 * division.part
+    else:
+        backward += zero.communication_width * bucket
+        update = _FP32 * division.part
+        if zero.stage == 3:
+            update += zero.communication_width * bucket
+            backward += width * gathered_elements(division, zero, layer_elements)
+    if zero.offloads_optimizer:
+        update = 0.0  # in the host's memory
+    return int(max(backward, update - kept))
+
+
+def temporary_bytes(config: ExperimentConfig, batch: Microbatch, *, is_last_stage: bool) -> int:
+    """The largest operator's tensors that nobody keeps: an estimate.
+
+    The loss works on fp32 logits where weights are not fp32; SwiGLU's backward has the gradients of its input and
+    output beside each other, attention's those of queries, keys and values.
+    """
+    model = config.model
+    widest = max(3 * model.ffn_hidden_size // batch.tensor, 2 * model.attention_width() // batch.tensor)
+    layer = batch.tokens * batch.width * (widest + 2 * model.hidden_size)
+    logits = batch.tokens * model.padded_vocab_size // batch.tensor * _FP32 if batch.width < _FP32 else 0
+    return max(layer, logits * is_last_stage)
+
+
+@dataclass(frozen=True)
+class StageNeeds:
+    """What a rank of one stage needs, whatever the ZeRO stage."""
+
+    division: Division
+    kept: int
+    """Activations, logits and outputs that it has sent on."""
+    logits: int
+    temporaries: int
+    copied_elements: int
+    """Of a tied embedding that another stage owns."""
+    layer_elements: int
+    """Parameters of the largest layer on a rank."""
+    tensor_elements: int = 0
+    """Parameters of the largest tensor on a rank."""
+
+
+def cut_gradient_bytes(needs: StageNeeds, zero: ZeroSettings, width: int) -> int:
+    """Most that stage 2 keeps of gradients beyond a rank's part.
+
+    Where gradients have the weights' dtype (fp32), tensors that the two ends of the part cut are kept whole (DeepSpeed
+    0.19.8, runtime/zero/stage_1_and_2.py:1259); else they are copied into a buffer of the part's size.
+    """
+    is_cut = zero.stage == 2 and zero.gradient_width == width and needs.division.data > 1
+    return 2 * zero.gradient_width * needs.tensor_elements if is_cut else 0
+
+
+def largest_tensor(model: ModelConfig, parallel: ParallelConfig) -> int:
+    """Parameters of a rank's largest tensor: embedding, gate and up, or all gates and ups of its experts."""
+    tensors = [model.embedding_parameters(), 2 * model.hidden_size * model.ffn_hidden_size]
+    if isinstance(model, ExpertFields):
+        experts = model.num_moe_experts // parallel.expert
+        tensors.append(experts * 2 * model.hidden_size * model.moe_ffn_hidden_size)
+    return max(tensors) // parallel.tensor
+
+
+def stage_needs(
+    config: ExperimentConfig, *, data: int, num_microbatches: int, output_fraction: float = 1.0
+) -> list[StageNeeds]:
+    """Of every stage.
+
+    Args:
+        config: A resolved configuration.
+        data: Data-parallel ranks.
+        num_microbatches: Per step and rank.
+        output_fraction: Part of the positions at which the output layer runs, where the objective selects some; all of
+            them is the most that can occur.
+    """
+    batch, parallel, model = activations.microbatch(config), config.parallel, config.model
+    layer = max(model.parameters_of_layer(index) for index in (0, model.num_layers - 1))
+    routed = model.routed_parameters_of_layer(model.num_layers - 1)
+    layer_elements = (layer - routed + routed // parallel.expert) // parallel.tensor
+    found = []
+    for stage, parameters in enumerate(stage_parameters(model, parallel)):
+        is_last = stage == parallel.pipeline - 1
+        is_copied = is_last and parallel.pipeline > 1 and not model.untie_embeddings_and_output_weights
+        kept = activations.stage_activation_bytes(config, batch, stage, num_microbatches, output_fraction)
+        sent = activations.pipeline_output_bytes(config, batch, stage, num_microbatches)
+        found.append(
+            StageNeeds(
+                division=divide(parameters, config, data),
+                kept=kept + sent,
+                logits=activations.last_stage_bytes(model, batch, output_fraction) if is_last else 0,
+                temporaries=temporary_bytes(config, batch, is_last_stage=is_last),
+                copied_elements=model.embedding_parameters() // parallel.tensor if is_copied else 0,
+                layer_elements=layer_elements,
+                tensor_elements=largest_tensor(model, parallel),
+            )
+        )
+    return found
+
+
+def rank_memory(needs: StageNeeds, zero: ZeroSettings, width: int) -> RankMemory:
+    """Bytes on a rank of one stage.
+
+    Args:
+        needs: The stage's.
+        zero: DeepSpeed's settings.
+        width: Bytes of a weight.
+    """
+    state = state_bytes(needs.division, zero, width)
+    state["parameters"] += width * needs.copied_elements
+    buffers = buffer_bytes(
+        needs.division,
+        zero,
+        width,
+        layer_elements=needs.layer_elements,
+        kept=needs.kept,
+        # The copy of a tied embedding has an fp32 gradient during a step.
+        temporaries=needs.temporaries + _FP32 * needs.copied_elements + cut_gradient_bytes(needs, zero, width),
+    )
+    on_host = [name for name, is_there in _offloaded(zero).items() if is_there]
+    return RankMemory(
+        **{name: 0 if name in on_host else int(count) for name, count in state.items()},
+        activations=needs.kept - needs.logits,
+        logits=needs.logits,
+        buffers=buffers,
+        host=int(sum(state[name] for name in on_host)),
+    )
+
+
+def _offloaded(zero: ZeroSettings) -> dict[str, bool]:
+    """Whether weights, gradients and optimizer state are in the host's memory.
+
+    Stage 1 keeps whole gradients on the device; from stage 2 on each rank's part goes where the optimizer is.
+    """
+    return {
+        "parameters": zero.offloads_parameters,
+        "gradients": zero.offloads_optimizer and zero.stage >= 2,
+        "optimizer": zero.offloads_optimizer,
+    }
+
+
+def largest_memory(config: ExperimentConfig, zero: ZeroSettings, needs: Sequence[StageNeeds]) -> RankMemory:
+    """Bytes on the fullest rank of all stages."""
+    width = WIDTHS[config.train.precision or "bf16"]
+    return max((rank_memory(of_stage, zero, width) for of_stage in needs), key=lambda memory: memory.total)

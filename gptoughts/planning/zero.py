@@ -1,0 +1,59 @@
+"""What DeepSpeed's JSON decides about memory and exchange."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from gptoughts.planning.activations import WIDTHS
+
+_FP32 = 4
+_DEFAULT_BUCKET_ELEMENTS = 500_000_000
+_DEFAULT_REUSE_ELEMENTS = 1_000_000_000
+"""DeepSpeed 0.19.8, runtime/zero/config.py:113 and 251."""
+
+
+@dataclass(frozen=True)
+class ZeroSettings:
+    """What DeepSpeed's JSON says about memory and exchange."""
+
+    stage: int
+    gradient_width: int
+    """Bytes of an accumulated gradient."""
+    communication_width: int
+    """Bytes of a gradient on its way to other ranks."""
+    bucket_elements: int
+    """Gradients reduced at once."""
+    prefetch_elements: int
+    """Weights that stage 3 fetches ahead."""
+    reuse_elements: int
+    """Stage 3 keeps a weight whose next use is nearer than this."""
+    num_buckets: int
+    """2 where reduction overlaps with backward at stage 2."""
+    offloads_optimizer: bool
+    offloads_parameters: bool
+
+    @staticmethod
+    def read(deepspeed: Mapping[str, Any], precision: str) -> ZeroSettings:
+        """From what ``deepspeed.initialize`` would be given."""
+        zero = deepspeed.get("zero_optimization", {})
+        stage = int(zero.get("stage", 0))
+        accumulated = deepspeed.get("data_types", {}).get("grad_accum_dtype", "fp32")
+        gradient_width = WIDTHS[accumulated] if stage else _FP32
+        sent = deepspeed.get("communication_data_type", precision if stage else "fp32")
+        return ZeroSettings(
+            stage=stage,
+            gradient_width=gradient_width,
+            communication_width=WIDTHS[sent],
+            bucket_elements=int(zero.get("reduce_bucket_size", _DEFAULT_BUCKET_ELEMENTS)),
+            prefetch_elements=int(zero.get("stage3_prefetch_bucket_size", 0)),
+            reuse_elements=int(zero.get("stage3_max_reuse_distance", _DEFAULT_REUSE_ELEMENTS)),
+            num_buckets=2 if stage == 2 and zero.get("overlap_comm") else 1,
+            offloads_optimizer=_is_on_cpu(zero, "offload_optimizer"),
+            offloads_parameters=_is_on_cpu(zero, "offload_param"),
+        )
+
+
+def _is_on_cpu(zero: Mapping[str, Any], block: str) -> bool:
+    return (zero.get(block) or {}).get("device", "none") == "cpu"
