@@ -78,7 +78,7 @@ def export_model(
         _finish_published(partial, checkpoint, text | {"dtype": _TORCH_NAMES[headers[0].dtype]} if text else None)
         if check is not None:
             check(partial)
-    return conversion(output, published, entries, headers, num_files)
+    return conversion(output, published, entries, num_files)
 
 
 def _written_dtype(reader: CheckpointReader, entry: Entry, dtype: str | None) -> str:

@@ -70,7 +70,7 @@ def _tensor_names(folder: Path) -> list[str]:
             return list(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
         with single.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
-            return list(json.loads(file.read(length)))
+            return list(json.loads(file.read(min(length, single.stat().st_size))))
     except (OSError, ValueError, KeyError, struct.error):
         return []  # whoever reads the tensors says what is wrong with them
 

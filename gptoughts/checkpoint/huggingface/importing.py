@@ -92,7 +92,7 @@ def import_model(
         (partial / layout.CONFIG).write_text(to_yaml(config), encoding="utf-8")
         if check is not None:
             check(partial)
-    return conversion(output, published, entries, headers, len(list(layout.step_folder(output, 0).glob("weights_*"))))
+    return conversion(output, published, entries, len(list(layout.step_folder(output, 0).glob("weights_*"))))
 
 
 def import_problems(folder: TensorFolder, entries: Sequence[Entry]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -13,7 +14,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn, 
 from gptoughts.checkpoint import layout
 from gptoughts.checkpoint.huggingface.base import Entry, padded_rows
 from gptoughts.checkpoint.huggingface.formats import CONFIG_FILE, Published
-from gptoughts.checkpoint.safetensors_file import DTYPES, TensorHeader
+from gptoughts.checkpoint.safetensors_file import TensorHeader
 from gptoughts.errors import CheckpointError, ConfigError
 
 MAX_FILE_BYTES = 5_000_000_000
@@ -81,9 +82,8 @@ def progress(what: str, headers: Sequence[TensorHeader]) -> Iterator[Callable[[i
         yield lambda num_bytes: bar.advance(task, num_bytes)
 
 
-def conversion(
-    output: Path, published: Published, entries: Sequence[Entry], headers: Sequence[TensorHeader], num_files: int
-) -> Conversion:
-    """What was written."""
-    total = sum(header.num_bytes // DTYPES[header.dtype].itemsize for header in headers)
+def conversion(output: Path, published: Published, entries: Sequence[Entry], num_files: int) -> Conversion:
+    """What was written; parameters as they are published, each once, without padding, copies and routers' biases."""
+    shapes = [shape for entry in entries if entry.kind == "weight" for shape in entry.theirs.values()]
+    total = sum(math.prod(shape) for shape in shapes)
     return Conversion(output, published.format.model_type, total, num_files, padded_rows(entries))

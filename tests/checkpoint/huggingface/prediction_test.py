@@ -58,7 +58,11 @@ def test_there_and_back_with_copies(publish: Publish, tmp_path: Path) -> None:
         assert torch.equal(reader.full(f"{ours}transformer_layer.mlp.experts.linear_fc1_weight")[5, : len(gate)], gate)
         bias = reader.full(f"{ours}transformer_layer.mlp.router.expert_bias", "buffer")
         assert torch.equal(bias, before[f"{theirs}mlp.gate.e_score_correction_bias"])
-    export_model(tmp_path / "run", tmp_path / "back")
+    made = export_model(tmp_path / "run", tmp_path / "back")
+    # Neither the copies nor the routers' biases are parameters.
+    left_out = ("embed_tokens.weight", "shared_head.head.weight", "e_score_correction_bias")
+    counted = [t for n, t in before.items() if n == "model.embed_tokens.weight" or not n.endswith(left_out)]
+    assert made.num_parameters == sum(tensor.numel() for tensor in counted)
     after = load_file(tmp_path / "back" / "model.safetensors")
     assert after.keys() == before.keys()
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
@@ -109,3 +113,12 @@ def test_what_we_trained_says_its_depths_and_is_loaded_without_them(tmp_path: Pa
     before, after = CheckpointReader(Path(saved)), CheckpointReader(layout.locate(tmp_path / "again"))
     assert before.names() == after.names()
     assert all(torch.equal(after.full(name), before.full(name)) for name in before.names())
+
+
+@pytest.mark.parametrize("length", [2**63, 2**50])
+def test_a_damaged_header_is_named(length: int, publish: Publish, tmp_path: Path) -> None:
+    """The first eight bytes of a file say how long its header is."""
+    file = with_prediction(publish) / "model.safetensors"
+    file.write_bytes(length.to_bytes(8, "little") + file.read_bytes()[8:])
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: cannot be read"):
+        import_model(file.parent, tmp_path / "run")
