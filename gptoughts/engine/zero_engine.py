@@ -24,6 +24,7 @@ from gptoughts.parallel.deepspeed_mpu import (
     DeepSpeedMpu,
     expert_data_parallel_group,
     expert_parallel_group,
+    forget_mpu,
     register_experts,
 )
 from gptoughts.parallel.partition import is_expert_parallel
@@ -35,6 +36,11 @@ class ZeroEngine(DeepSpeedEngine):
 
     event_monitor: Any
     """The monitors that the JSON switches on."""
+
+    def destroy(self) -> None:
+        """Take DeepSpeed's hooks off the model and its groups out of DeepSpeed's globals."""
+        super().destroy()
+        forget_mpu(self.mpu)
 
     def _configure_distributed_model(self, model: nn.Module) -> None:
         has_experts = register_experts(model.parameters())

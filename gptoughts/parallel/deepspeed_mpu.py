@@ -61,6 +61,18 @@ def register_experts(parameters: Iterable[nn.Parameter]) -> bool:
     return bool(experts)
 
 
+def forget_mpu(mpu: object) -> None:
+    """Let DeepSpeed forget the ``mpu`` of a closed engine; an engine made without one would ask it. Collective: none.
+
+    DeepSpeed stores the last one that it was given for the whole process (utils/groups.py:51 of 0.19.8). That of a
+    later engine stays: DeepSpeed also destroys engines when they are collected as garbage.
+    """
+    from deepspeed.utils import groups
+
+    if groups.mpu is mpu:
+        groups.mpu = None
+
+
 class DeepSpeedMpu:
     """Answers DeepSpeed's questions from ``megatron.core.parallel_state``, which has to be initialised.
 

@@ -36,8 +36,9 @@ class Toy(nn.Module):
 def train_and_save(folder: str, stage: int, precision: str, has_groups: bool) -> dict[str, Tensor]:
     """Three steps, then save_checkpoint; returns the whole live fp32 weights and the buffers."""
     import deepspeed
-    from deepspeed.utils import safe_get_full_fp32_param
+    from deepspeed.utils import groups, safe_get_full_fp32_param
 
+    assert groups.mpu is None, "a case before this one left its engine open"
     torch.manual_seed(1)
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 4, "optimizer": {"type": "AdamW", "params": {"lr": 0.05, "torch_adam": True}},
