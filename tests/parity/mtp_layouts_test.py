@@ -1,6 +1,6 @@
 """Multi-token prediction, and balance losses that are strong: any layout equals the one-rank run.
 
-Tolerances are those of layouts_test. With strong balance losses affinities come so close that rounding changes a choice
+Tolerances are those of comparison. With strong balance losses affinities come so close that rounding changes a choice
 within some ten steps: these are compared in their first step, where all routing is the same.
 
 Tokens are weighted very unequally, so that microbatches and ranks have other shares of the denominator, and a mean of
@@ -18,9 +18,8 @@ import pytest
 from gptoughts.objectives.base import ModelInputs
 from tests.distributed import run_distributed
 from tests.harness import Layout, ToyRun, step_microbatches
-from tests.parity.layouts_test import (
+from tests.parity.comparison import (
     LATER_LOSS_RELATIVE,
-    LAYOUTS,
     STEP_1_GRADIENT_RELATIVE,
     STEP_1_LOSS_RELATIVE,
     STEPS,
@@ -29,6 +28,7 @@ from tests.parity.layouts_test import (
     gradients,
     relative,
 )
+from tests.parity.layouts_test import LAYOUTS
 
 DEPTHS = ("--model.mtp_num_layers=2",)
 BALANCE = ("--model.moe_aux_loss_coeff=0.1", "--model.moe_z_loss_coeff=0.01")
