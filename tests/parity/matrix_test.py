@@ -34,7 +34,7 @@ def references(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_layout_equals_one_rank(case: Case, tmp_path: Path, references: Path) -> None:
     assert run_case(case, tmp_path, references).problems() == []
     history, _ = one_rank_run(case, references)
-    assert history[-1]["loss"] < 0.95 * history[0]["loss"], "the reference does not learn"
+    assert history[-1]["loss"] < 0.9 * history[0]["loss"], "the reference does not learn"
 
 
 def test_the_subset_covers_every_pair_that_can_be() -> None:
