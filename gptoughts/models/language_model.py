@@ -135,7 +135,7 @@ class LanguageModel(GPTModel):
         hidden_states = self.embedding(input_ids=input_ids, position_ids=None) if self.pre_process else None
         layer_inputs = {
             "attention_mask": attention_mask,
-            "rotary_pos_emb": self._rotary_table(input_ids.size(1), position_ids),
+            "rotary_pos_emb": self.rotary_table(input_ids.size(1), position_ids),
             "packed_seq_params": packed_seq_params,
         }
         hidden_states = self.decoder(
@@ -144,13 +144,17 @@ class LanguageModel(GPTModel):
         if not self.post_process:
             return hidden_states
         if labels is None:
-            logits, _ = self.output_layer(hidden_states, weight=self._tied_weight())
-            return gather_from_tensor_model_parallel_region(logits).transpose(0, 1)
+            return self.logits(hidden_states).transpose(0, 1)
         loss = self.token_loss(hidden_states, labels, selected_positions)
         if not self.mtp_num_layers or not self.training:
             return loss
         inputs = MultiTokenInputs(input_ids, labels, selected_positions, is_padding)
         return torch.stack([loss, *self.mtp.losses(self, hidden_states, inputs, layer_inputs)])
+
+    def logits(self, hidden_states: Tensor) -> Tensor:
+        """[s, b, h] to [s, b, whole vocabulary]. Collective: tensor-parallel group."""
+        logits, _ = self.output_layer(hidden_states, weight=self._tied_weight())
+        return gather_from_tensor_model_parallel_region(logits)
 
     def _tied_weight(self) -> Tensor | None:
         """The output layer's matrix where it is not its own."""
@@ -196,7 +200,8 @@ class LanguageModel(GPTModel):
             return is_padding
         return is_padding.chunk(groups.tensor_parallel_size(), dim=1)[groups.tensor_parallel_rank()]
 
-    def _rotary_table(self, length: int, position_ids: Tensor | None) -> Tensor:
+    def rotary_table(self, length: int, position_ids: Tensor | None) -> Tensor:
+        """cos and sin as the layers take them, of the given positions [b, s] below ``length``, or of all below it."""
         table = rotary_table(
             max(self.max_sequence_length, length),
             self.rotary_dim,
