@@ -121,13 +121,14 @@ class LanguageModel(GPTModel):
             attention_mask: As in ``SDPACoreAttention.forward``; unset: what the layer spec says (causal or none).
             labels: int64 [b, s], already shifted where the objective shifts.
             packed_seq_params: Lengths of the sequences packed into one row (b = 1).
-            selected_positions: int64 [n], distinct indices into the flattened [b, s]: with labels, the output layer
-                runs at these alone, and the loss elsewhere reads 0.
+            selected_positions: int64 [n], distinct indices into the flattened [b, s]: the output layer runs at these
+                alone; with labels the loss elsewhere reads 0.
             is_padding: bool [b, s], positions that routers of experts do not count; unset: there are none.
 
         Returns:
             With labels fp32 [b, s] nats, or, where a model with multi-token prediction trains, [1 + depths, b, s], the
-            main model's first; logits [b, s, whole vocabulary] without; [s, b, h] before the last stage.
+            main model's first; without, logits [b, s, whole vocabulary], or [n, whole vocabulary] at the selected
+            positions; [s, b, h] before the last stage.
 
         Collective: tensor-parallel group.
         """
@@ -143,14 +144,22 @@ class LanguageModel(GPTModel):
         )
         if not self.post_process:
             return hidden_states
+        if labels is None and selected_positions is not None:
+            rows = self._selected_rows(hidden_states, selected_positions, input_ids.size(1))
+            with _given_whole_sequence(self.output_layer):
+                return self.logits(rows).squeeze(1)
         if labels is None:
-            logits, _ = self.output_layer(hidden_states, weight=self._tied_weight())
-            return gather_from_tensor_model_parallel_region(logits).transpose(0, 1)
+            return self.logits(hidden_states).transpose(0, 1)
         loss = self.token_loss(hidden_states, labels, selected_positions)
         if not self.mtp_num_layers or not self.training:
             return loss
         inputs = MultiTokenInputs(input_ids, labels, selected_positions, is_padding)
         return torch.stack([loss, *self.mtp.losses(self, hidden_states, inputs, layer_inputs)])
+
+    def logits(self, hidden_states: Tensor) -> Tensor:
+        """[s, b, h] to [s, b, whole vocabulary]. Collective: tensor-parallel group."""
+        logits, _ = self.output_layer(hidden_states, weight=self._tied_weight())
+        return gather_from_tensor_model_parallel_region(logits)
 
     def _tied_weight(self) -> Tensor | None:
         """The output layer's matrix where it is not its own."""
@@ -174,15 +183,20 @@ class LanguageModel(GPTModel):
 
     def _selected_loss(self, hidden_states: Tensor, labels: Tensor, selected: Tensor, weight: Tensor | None) -> Tensor:
         """Loss [b, s] at the selected positions and 0 elsewhere, of [s, b, h] (s this rank's part, where divided)."""
-        if self.config.sequence_parallel:
-            # The output layer sums its input's gradient over the ranks, so each takes its own part of the whole.
-            hidden_states = gather_from_sequence_parallel_region(hidden_states, tensor_parallel_output_grad=False)
         b, s = labels.shape
-        rows = hidden_states.flatten(0, 1).index_select(0, selected % s * b + selected // s).unsqueeze(1)
+        rows = self._selected_rows(hidden_states, selected, s)
         with _given_whole_sequence(self.output_layer):
             logits, _ = self.output_layer(rows, weight=weight)
         loss = self.compute_language_model_loss(labels.reshape(-1)[None, selected], logits)
         return loss.new_zeros(b * s).index_copy(0, selected, loss.view(-1)).view(b, s)
+
+    def _selected_rows(self, hidden_states: Tensor, selected: Tensor, length: int) -> Tensor:
+        """[n, 1, h] at indices into the flattened [b, length], of [s, b, h] (s this rank's part, where divided)."""
+        if self.config.sequence_parallel:
+            # The output layer sums its input's gradient over the ranks, so each takes its own part of the whole.
+            hidden_states = gather_from_sequence_parallel_region(hidden_states, tensor_parallel_output_grad=False)
+        where = selected % length * hidden_states.size(1) + selected // length
+        return hidden_states.flatten(0, 1).index_select(0, where).unsqueeze(1)
 
     def shared_embedding_weight(self) -> Tensor | None:
         """The embedding matrix of a stage that shares it with another one: the parameter, or its copy."""
