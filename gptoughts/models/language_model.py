@@ -5,10 +5,9 @@ Legend: s sequence, b microbatch, h hidden, v vocabulary on this rank.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from megatron.core.models.gpt import GPTModel
@@ -20,21 +19,17 @@ from megatron.core.tensor_parallel.mappings import (
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
-from torch.nn import Parameter
 
 from gptoughts.config.experiment import ExperimentConfig
 from gptoughts.models.construction import ConstructionContext
 from gptoughts.models.cross_entropy import cross_entropy
 from gptoughts.models.initialization import Gathered, initialize_parameters, keep_as_is
 from gptoughts.models.multi_token_prediction import MultiTokenInputs, MultiTokenPrediction
+from gptoughts.models.parameter_names import global_buffer_names, global_parameter_names
 from gptoughts.models.rotary import rotary_table
 from gptoughts.parallel import groups
 from gptoughts.parallel.shared_embedding import copy_of_embedding
 from gptoughts.platform import device
-
-AnyTensor = TypeVar("AnyTensor", bound=Tensor)
-
-_LAYER = re.compile(r"(?<=decoder\.layers\.)\d+(?=\.)")
 
 
 class LanguageModel(GPTModel):
@@ -239,36 +234,6 @@ def _given_whole_sequence(layer: Any) -> Iterator[None]:
         yield
     finally:
         layer.sequence_parallel = before
-
-
-def global_parameter_names(model: torch.nn.Module) -> dict[str, Parameter]:
-    """Parameters by a name that is the same in every layout: layers are numbered over the whole model.
-
-    A parameter that two modules share (tied embeddings) appears once, under its first name.
-    """
-    return _globally_named(model, model.named_parameters())
-
-
-def global_buffer_names(model: torch.nn.Module) -> dict[str, Tensor]:
-    """Buffers that belong in a checkpoint (biases of routers), by names like those of parameters."""
-    persistent = model.state_dict(keep_vars=True)
-    return _globally_named(model, ((name, buffer) for name, buffer in model.named_buffers() if name in persistent))
-
-
-def _globally_named(model: torch.nn.Module, tensors: Iterable[tuple[str, AnyTensor]]) -> dict[str, AnyTensor]:
-    first_layers = {
-        name: module.layer_number - 1  # type: ignore[union-attr,operator]
-        for name, module in model.named_modules()
-        if re.search(r"decoder\.layers\.\d+$", name)
-    }
-    names: dict[str, AnyTensor] = {}
-    for name, tensor in tensors:
-        match = _LAYER.search(name)
-        if match:
-            number = first_layers[name[: match.end()]]
-            name = f"{name[: match.start()]}{number}{name[match.end() :]}"
-        names[name] = tensor
-    return names
 
 
 def build_language_model(
