@@ -169,6 +169,7 @@ class _Run:
         self.steps_per_block = torch.tensor([options.steps_per_block(count) for count in counts], device=device)
         self.num_blocks = max((options.num_blocks(count) for count in counts), default=0)
         self.is_left = torch.zeros(len(rows), dtype=torch.bool, device=device)
+        self.numbers = list(range(len(rows)))
         self.generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
         self.denoiser = Denoiser(
             sampler.model,
@@ -176,27 +177,35 @@ class _Run:
             vocab_size=sampler.vocab_size,
             is_shifted=sampler.is_shifted,
             cfg_scale=options.cfg_scale,
+            cache_shape=None if options.cache == "none" else (len(rows), self.tokens.size(1)),
         )
 
     def restore_block(self, block: int) -> None:
         """All steps of a block, of the rows that have one and were not left."""
-        total = (self.block_of == block).sum(1)
+        is_block = self.block_of == block
+        total, steps = is_block.sum(1), self.steps_per_block
+        positions = torch.arange(is_block.size(1), device=is_block.device)
+        starts = is_block.int().argmax(1)
+        ends = positions.masked_fill(~is_block, 0).max(1).values + 1 if self.options.cache == "dual" else self.lengths
         step = 0
         while (wanted := self._masks(block)).any():
             index = wanted.any(1).nonzero().squeeze(1)
-            steps = self.steps_per_block
+            rows = Rows(self.tokens, self.lengths, self.is_given, self.numbers).at(index)
+            wanted = wanted[index, : rows.tokens.size(1)]
+            if self.options.cache == "none" or step == 0:
+                logits = self.denoiser.logits(rows, wanted)
+            else:
+                logits = self.denoiser.window_logits(rows, wanted, starts[index], ends[index])
             quota = total // steps + (step < total % steps)
-            self._step(index, wanted[index], quota[index])
+            self._keep(index, wanted, logits, quota[index])
             step += 1
 
     def _masks(self, block: int) -> Tensor:
         """bool [b, s]: masks of a block that are still to be restored."""
         return self.is_mask & (self.block_of == block) & ~self.is_left[:, None]
 
-    def _step(self, index: Tensor, wanted: Tensor, quota: Tensor) -> None:
-        rows = Rows(self.tokens, self.lengths, self.is_given).at(index)
-        wanted = wanted[:, : rows.tokens.size(1)]
-        logits = self.denoiser.logits(rows, wanted)
+    def _keep(self, index: Tensor, wanted: Tensor, logits: Tensor, quota: Tensor) -> None:
+        """Write the best of the predictions that logits [n, v] at the wanted positions (bool [r, s]) give."""
         generators = [self.generators[i] for i in index.tolist()]
         tokens, confidences = predict(logits, wanted.sum(1).tolist(), self.options, self.special, generators)
         everywhere = torch.full(wanted.shape, -torch.inf, dtype=torch.float64, device=wanted.device)

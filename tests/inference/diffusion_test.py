@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from gptoughts.config.experiment import ExperimentConfig, ParallelConfig
 from gptoughts.errors import DataError
@@ -18,7 +19,7 @@ from gptoughts.models.llada.config import LLaDAConfig, LLaDAExpertConfig, LLaDAL
 from gptoughts.models.llada.model import build_model
 from gptoughts.parallel import groups
 from tests.distributed import run_distributed
-from tests.inference.diffusion_reference import Logits, Plain
+from tests.inference.diffusion_reference import Freezing, Logits, Plain
 from tests.parity.llada_test import both_models
 
 VOCABULARY, MASK, CONTEXT = 90, 90, 64
@@ -77,18 +78,18 @@ def built(kind: str, *, seed: int = 1) -> nn.Module:
     return model.eval()
 
 
-def independent(kind: str) -> tuple[nn.Module, Logits]:
-    """Our model and the logits of another one with its weights; of our own, a row at a time, for experts."""
+def independent(kind: str, *, sides: int = 1) -> tuple[nn.Module, Logits]:
+    """Our model, and the logits of another one with its weights; of our own, whole rows alone, for experts."""
     if kind == "moe":
         model = built(kind)
-        return model, lambda row: model(torch.tensor([row]))[0, :, :MASK]
+        return model, lambda row, window: model(torch.tensor([row]))[0, :, :MASK]
     model, theirs = both_models(SHAPES[kind])
     with torch.no_grad():
         for ours in (model, theirs):
             for name, parameter in ours.named_parameters():
                 if name.startswith(("output_layer", "head")):
                     parameter.mul_(2.0)
-    return model.eval(), lambda row: theirs(torch.tensor([row]))[0, :, :MASK]
+    return model.eval(), Freezing(theirs, MASK, sides=sides)
 
 
 def sampler_of(model: nn.Module, **changes: Any) -> DiffusionSampler:
@@ -103,7 +104,7 @@ def plain(logits_of: Logits, num_masks: int, **options: Any) -> Plain:
 @pytest.mark.parametrize("case", PLAIN_CASES)
 def test_as_the_published_sampler(case: str) -> None:
     changes, plain_changes = PLAIN_CASES[case]
-    model, logits_of = independent("mha")
+    model, logits_of = independent("mha", sides=2 if "cfg_scale" in changes else 1)
     row = continuation(PROMPT, 24, SPECIAL)
     options = DiffusionOptions(24, stop_at_end=False, **changes)
     with torch.no_grad():
@@ -136,6 +137,35 @@ def test_every_block_of_the_family(kind: str) -> None:
         assert found.tokens == expected
 
 
+CACHED_CASES: dict[str, dict[str, Any]] = {
+    "fixed": {},
+    "uneven steps": {"steps": 9},
+    "threshold": {"threshold": 0.6},
+    "guidance": {"cfg_scale": 1.5},
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "case"), [*(("gqa", case) for case in CACHED_CASES), ("mha", "fixed"), ("mla", "threshold")]
+)
+@pytest.mark.parametrize("cache", ["prefix", "dual"])
+def test_caches_freeze_what_is_outside_the_window(kind: str, cache: Any, case: str) -> None:
+    changes = CACHED_CASES[case]
+    model, logits_of = independent(kind, sides=2 if case == "guidance" else 1)
+    rows = [continuation(PROMPT, 24, SPECIAL), RAGGED[2]]
+    options = DiffusionOptions(24, block_length=8, cache=cache, stop_at_end=False, **changes)
+    sampler = sampler_of(model)
+    for row in rows[: 1 if case == "uneven steps" else 2]:
+        with torch.no_grad():
+            reference = plain(
+                logits_of, 24, block_length=8, steps_per_block=3 if "steps" in changes else 8, cache=cache,
+                threshold=changes.get("threshold"), guidance=changes.get("cfg_scale", 0.0),
+            )  # fmt: skip
+            expected = reference.restore(row)
+        (found,) = sampler.restore([row], options)
+        assert found.tokens == expected
+
+
 RAGGED = [
     continuation([11, 5, 70, 33, 8], 24, SPECIAL),
     continuation([9], 24, SPECIAL),
@@ -143,19 +173,23 @@ RAGGED = [
     continuation(list(range(30, 60)), 16, SPECIAL),
     continuation([11, 5, 70, 33, 8], 24, SPECIAL),
 ]
-RAGGED_OPTIONS = {
-    "fixed": {"block_length": 8},
-    "threshold": {"block_length": 8, "threshold": 0.6},
-    "guided noise": {"cfg_scale": 1.0, "temperature": 1.0, "block_length": 8},
-    "random": {"remasking": "random", "temperature": 0.5, "block_length": 8},
+RAGGED_CASES = {
+    "fixed": ("gqa", {"stop_at_end": True}),
+    "threshold": ("moe", {"threshold": 0.6}),
+    "guided noise": ("gqa", {"cfg_scale": 1.0, "temperature": 1.0}),
+    "random": ("mla", {"remasking": "random", "temperature": 0.5, "stop_at_end": True}),
+    "prefix cache": ("gqa", {"threshold": 0.6, "cache": "prefix"}),
+    "dual cache of latents": ("mla", {"cache": "dual"}),
+    "dual cache, guided": ("gqa", {"threshold": 0.6, "cache": "dual", "cfg_scale": 1.0, "stop_at_end": True}),
+    "dual cache, experts": ("moe", {"factor": 1.2, "cache": "dual"}),
 }
 
 
-@pytest.mark.parametrize("case", RAGGED_OPTIONS)
-@pytest.mark.parametrize("stop_at_end", [False, True])
-def test_a_row_of_a_batch_ends_as_it_would_alone(case: str, stop_at_end: bool) -> None:
-    sampler = sampler_of(built("gqa"))
-    options = DiffusionOptions(stop_at_end=stop_at_end, **RAGGED_OPTIONS[case])
+@pytest.mark.parametrize("case", RAGGED_CASES)
+def test_a_row_of_a_batch_ends_as_it_would_alone(case: str) -> None:
+    kind, changes = RAGGED_CASES[case]
+    sampler = sampler_of(built(kind))
+    options = DiffusionOptions(**({"block_length": 8, "stop_at_end": False} | changes))
     seeds = [3, 4, 5, 6, 7]
     together = sampler.restore(RAGGED, options, seeds=seeds)
     forwards = sampler.num_forwards
@@ -167,6 +201,10 @@ def test_a_row_of_a_batch_ends_as_it_would_alone(case: str, stop_at_end: bool) -
     assert forwards < alone_forwards
     for row, found in zip(RAGGED, together, strict=True):
         assert all(b == a for a, b in zip(row, found.tokens, strict=True) if a != MASK), "what was given stays"
+    if options.cache != "none":
+        assert sampler.restore(RAGGED, replace(options, cache="none"), seeds=seeds) != together, (
+            "caches are no shortcut"
+        )
     if options.temperature:
         assert together[0] != together[-1], "the seed of each row counts"
         assert sampler.restore(RAGGED[:1], options, seeds=[7])[0] == together[-1]
@@ -190,26 +228,18 @@ def test_leaving_at_the_end_changes_nothing_before_it() -> None:
     assert sampler.num_forwards > 16
 
 
-class Shifted(nn.Module):
-    """Position i of the inner model's output as position i - 1: what a shifted model is."""
-
-    def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, tokens: Tensor, positions: None, mask: Tensor | None, selected_positions: Tensor) -> Tensor:
-        logits = self.inner(tokens, positions, mask).roll(-1, dims=1)
-        return logits.reshape(-1, logits.size(-1))[selected_positions]
-
-
-def test_a_shifted_model_is_read_one_position_earlier() -> None:
-    model = built("gqa")
-    options = DiffusionOptions(block_length=8, stop_at_end=False)
-    expected = sampler_of(model).restore(RAGGED, options)
-    shifted = sampler_of(Shifted(model), is_shifted=True)
-    assert shifted.restore(RAGGED, options) == expected
+@pytest.mark.parametrize("cache", ["none", "prefix", "dual"])
+def test_a_shifted_model_is_read_one_position_earlier(cache: Any) -> None:
+    model, logits_of = independent("gqa")
+    sampler = sampler_of(model, is_shifted=True)
+    options = DiffusionOptions(block_length=8, stop_at_end=False, cache=cache)
+    for row in RAGGED[:3]:
+        with torch.no_grad():
+            expected = plain(logits_of, 24, block_length=8, steps_per_block=8, cache=cache, shift=1).restore(row)
+        assert sampler.restore([row], options)[0].tokens == expected
+    assert [found.tokens for found in sampler.restore(RAGGED[:3], options)][2] == expected
     with pytest.raises(DataError, match=r"row 1: begins with a mask, but this model \(is_shifted\)"):
-        shifted.restore([[*PROMPT, MASK], [MASK, 5]], options)
+        sampler.restore([[*PROMPT, MASK], [MASK, 5]], options)
 
 
 def test_rows_that_cannot_be_restored_are_named() -> None:
