@@ -127,8 +127,9 @@ class SelfAttention(_CoreCall, UpstreamSelfAttention):
             query, key = rotate(query, rotary_pos_emb), rotate(key, rotary_pos_emb)
         if self.cache is not None:
             _refuse({"attention_mask": attention_mask, "packed_seq_params": packed_seq_params})
+            keys, values = self.cache.store(key, value)
             scale = self.hidden_size_per_attention_head**-0.5
-            return self.linear_proj(self._cached_core(query, *self.cache.store(key, value), scale))
+            return self.linear_proj(self._cached_core(query, keys, values, scale))
         return self.linear_proj(self._core(query, key, value, attention_mask, packed_seq_params))
 
     def kept_shapes(self) -> tuple[tuple[int, int], ...]:
