@@ -7,6 +7,7 @@ Tokens that were given are plain, masks are shaded, and what was restored has th
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple, Self
@@ -177,11 +178,24 @@ def save_animation(frames: Sequence[Sequence[Piece]], path: Path) -> None:
     laid_out = [_lines(frame) for frame in chosen]
     rows = max(len(lines) for lines in laid_out)
     pictures = [_draw(lines, rows) for lines in laid_out]
+    if path.suffix.lower() == ".gif":
+        pictures = _with_one_palette(pictures)
     durations = [_STEP_MILLISECONDS * every] * (len(pictures) - 1) + [_LAST_MILLISECONDS]
     try:
         pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=durations, loop=0)
     except OSError as error:
         raise ConfigError(f"save_animation={str(path)!r}: cannot be written ({error})") from error
+
+
+def _with_one_palette(pictures: list[Image.Image]) -> list[Image.Image]:
+    """The pictures in the colours of the first, the middle and the last: GIF has 256, and Pillow is slow to find them
+    for each picture anew."""
+    width, height = pictures[0].size
+    sample = Image.new("RGB", (width, 3 * height))
+    for n, picture in enumerate((pictures[0], pictures[len(pictures) // 2], pictures[-1])):
+        sample.paste(picture, (0, n * height))
+    palette = sample.quantize(256)
+    return [picture.quantize(palette=palette, dither=Image.Dither.NONE) for picture in pictures]
 
 
 def _lines(pieces: Sequence[Piece]) -> list[list[tuple[str, tuple[int, int, int]]]]:
@@ -202,8 +216,11 @@ def _draw(lines: Sequence[Sequence[tuple[str, tuple[int, int, int]]]], rows: int
     image = Image.new("RGB", (2 * _MARGIN + _COLUMNS * int(width), 2 * _MARGIN + rows * height), _BACKGROUND)
     draw = ImageDraw.Draw(image)
     for row, line in enumerate(lines):
-        for column, (character, fill) in enumerate(line):
-            draw.text((_MARGIN + column * int(width), _MARGIN + row * height), character, font=font, fill=fill)
+        column = 0
+        for fill, run in groupby(line, key=lambda cell: cell[1]):
+            text = "".join(character for character, _ in run)
+            draw.text((_MARGIN + column * int(width), _MARGIN + row * height), text, font=font, fill=fill)
+            column += len(text)
     return image
 
 

@@ -14,16 +14,20 @@ from gptoughts.inference.infill import row_with_holes, text_of, unescaped
 MASK = 256
 
 
-@pytest.fixture
-def tokenizer(tmp_path: Path) -> Tokenizer:
+def byte_tokenizer(folder: Path) -> Tokenizer:
     """Every byte is a token, and [MASK] one more."""
     alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
     backend = tokenizers.Tokenizer(tokenizers.models.BPE({letter: n for n, letter in enumerate(alphabet)}, []))
     backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = tokenizers.decoders.ByteLevel()
     backend.add_special_tokens(["[MASK]"])
-    backend.save(str(tmp_path / "tokenizer.json"))
-    return Tokenizer(tmp_path / "tokenizer.json")
+    backend.save(str(folder / "tokenizer.json"))
+    return Tokenizer(folder / "tokenizer.json")
+
+
+@pytest.fixture
+def tokenizer(tmp_path: Path) -> Tokenizer:
+    return byte_tokenizer(tmp_path)
 
 
 def test_holes_are_masks_and_the_rest_is_kept(tokenizer: Tokenizer) -> None:
