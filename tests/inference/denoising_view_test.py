@@ -79,7 +79,7 @@ def test_the_terminal_shows_every_step_and_the_animation_has_a_frame_for_each(
             view.on_step(step)
     shown = out.getvalue()
     assert re.sub(r"\x1b\[[\d;?]*\w", "", shown).count("def f(x):") >= len(view.frames), "one drawing for each frame"
-    assert "38;2;{};{};{}".format(*colour(NUM_GIVEN / len(ids))) in shown
+    assert "38;2;{};{};{}mr".format(*colour(TEXT.index("r") / len(ids))) in shown
     with Image.open(file) as animation:
         assert animation.n_frames == len(view.frames) == 1 + len(steps_of(ids))
         first = animation.convert("RGB").tobytes()
