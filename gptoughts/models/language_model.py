@@ -121,13 +121,14 @@ class LanguageModel(GPTModel):
             attention_mask: As in ``SDPACoreAttention.forward``; unset: what the layer spec says (causal or none).
             labels: int64 [b, s], already shifted where the objective shifts.
             packed_seq_params: Lengths of the sequences packed into one row (b = 1).
-            selected_positions: int64 [n], distinct indices into the flattened [b, s]: with labels, the output layer
-                runs at these alone, and the loss elsewhere reads 0.
+            selected_positions: int64 [n], indices into the flattened [b, s]: the output layer runs at these alone.
+                With labels they are distinct, and the loss elsewhere reads 0.
             is_padding: bool [b, s], positions that routers of experts do not count; unset: there are none.
 
         Returns:
             With labels fp32 [b, s] nats, or, where a model with multi-token prediction trains, [1 + depths, b, s], the
-            main model's first; logits [b, s, whole vocabulary] without; [s, b, h] before the last stage.
+            main model's first; without, logits [b, s, whole vocabulary], or [n, whole vocabulary] of the selected
+            positions; [s, b, h] before the last stage.
 
         Collective: tensor-parallel group.
         """
@@ -143,6 +144,9 @@ class LanguageModel(GPTModel):
         )
         if not self.post_process:
             return hidden_states
+        if labels is None and selected_positions is not None:
+            logits = self._selected_logits(hidden_states, input_ids.size(1), selected_positions)
+            return gather_from_tensor_model_parallel_region(logits).squeeze(1)
         if labels is None:
             logits, _ = self.output_layer(hidden_states, weight=self._tied_weight())
             return gather_from_tensor_model_parallel_region(logits).transpose(0, 1)
@@ -161,7 +165,7 @@ class LanguageModel(GPTModel):
     def token_loss(self, hidden_states: Tensor, labels: Tensor, selected_positions: Tensor | None) -> Tensor:
         """fp32 [b, s] of hidden states [s, b, h]. Collective: tensor-parallel group."""
         if selected_positions is not None:
-            return self._selected_loss(hidden_states, labels, selected_positions, self._tied_weight())
+            return self._selected_loss(hidden_states, labels, selected_positions)
         logits, _ = self.output_layer(hidden_states, weight=self._tied_weight())
         return self.compute_language_model_loss(labels, logits)
 
@@ -172,17 +176,23 @@ class LanguageModel(GPTModel):
         loss = cross_entropy(logits.view(s * b, v), labels.t().reshape(s * b), group)
         return loss.view(s, b).t()
 
-    def _selected_loss(self, hidden_states: Tensor, labels: Tensor, selected: Tensor, weight: Tensor | None) -> Tensor:
+    def _selected_loss(self, hidden_states: Tensor, labels: Tensor, selected: Tensor) -> Tensor:
         """Loss [b, s] at the selected positions and 0 elsewhere, of [s, b, h] (s this rank's part, where divided)."""
+        b, s = labels.shape
+        logits = self._selected_logits(hidden_states, s, selected)
+        loss = self.compute_language_model_loss(labels.reshape(-1)[None, selected], logits)
+        return loss.new_zeros(b * s).index_copy(0, selected, loss.view(-1)).view(b, s)
+
+    def _selected_logits(self, hidden_states: Tensor, s: int, selected: Tensor) -> Tensor:
+        """Logits [n, 1, v] of selected positions of the flattened [b, s] from hidden states as above."""
         if self.config.sequence_parallel:
             # The output layer sums its input's gradient over the ranks, so each takes its own part of the whole.
             hidden_states = gather_from_sequence_parallel_region(hidden_states, tensor_parallel_output_grad=False)
-        b, s = labels.shape
+        b = hidden_states.size(1)
         rows = hidden_states.flatten(0, 1).index_select(0, selected % s * b + selected // s).unsqueeze(1)
         with _given_whole_sequence(self.output_layer):
-            logits, _ = self.output_layer(rows, weight=weight)
-        loss = self.compute_language_model_loss(labels.reshape(-1)[None, selected], logits)
-        return loss.new_zeros(b * s).index_copy(0, selected, loss.view(-1)).view(b, s)
+            logits, _ = self.output_layer(rows, weight=self._tied_weight())
+        return logits
 
     def shared_embedding_weight(self) -> Tensor | None:
         """The embedding matrix of a stage that shares it with another one: the parameter, or its copy."""
