@@ -41,7 +41,7 @@ _LIKELIHOOD_STREAM = 2
 
 
 @dataclass(frozen=True)
-class DiffusionOptions:
+class LikelihoodOptions:
     """How a masked-diffusion model's likelihood is found."""
 
     method: str = "monte_carlo"
@@ -72,19 +72,19 @@ class Masking:
     weight: float
 
 
-def is_enumerated(num_tokens: int, options: DiffusionOptions) -> bool:
+def is_enumerated(num_tokens: int, options: LikelihoodOptions) -> bool:
     """Whether all masks of so many tokens are no more than the samples, so that nothing has to be drawn."""
     return options.method == "monte_carlo" and 2 ** min(num_tokens, 63) - 1 <= options.num_samples
 
 
-def num_maskings(num_tokens: int, options: DiffusionOptions) -> int:
+def num_maskings(num_tokens: int, options: LikelihoodOptions) -> int:
     """Forwards that an answer of so many tokens takes."""
     if options.method == "chain_rule":
         return num_tokens
     return 2**num_tokens - 1 if is_enumerated(num_tokens, options) else options.num_samples
 
 
-def maskings(request: Request, options: DiffusionOptions) -> Iterator[Masking]:
+def maskings(request: Request, options: LikelihoodOptions) -> Iterator[Masking]:
     """The forwards of a request, as many as :func:`num_maskings` says."""
     count = len(request.answer_ids)
     if options.method == "chain_rule":
@@ -99,7 +99,7 @@ def maskings(request: Request, options: DiffusionOptions) -> Iterator[Masking]:
         yield from _drawn(request, options)
 
 
-def _drawn(request: Request, options: DiffusionOptions) -> Iterator[Masking]:
+def _drawn(request: Request, options: LikelihoodOptions) -> Iterator[Masking]:
     count, samples = len(request.answer_ids), options.num_samples
     draws = uniform_draws(options.seed, _LIKELIHOOD_STREAM, _identity(request), samples * (count + 1))
     for number, draw in enumerate(draws.reshape(samples, count + 1)):
@@ -115,7 +115,7 @@ def _identity(request: Request) -> int:
     return int.from_bytes(digest.digest(), "little")
 
 
-def standard_error(parts: Sequence[float], num_tokens: int, options: DiffusionOptions) -> float:
+def standard_error(parts: Sequence[float], num_tokens: int, options: LikelihoodOptions) -> float:
     """Of the sum of an answer's weighted ``parts``, one per masking."""
     if options.method == "chain_rule" or is_enumerated(num_tokens, options):
         return 0.0
@@ -139,7 +139,7 @@ class DiffusionScorer(LikelihoodScorer):
         self,
         rows: RowScorer,
         *,
-        options: DiffusionOptions,
+        options: LikelihoodOptions,
         mask_token_id: int,
         is_shifted: bool,
         context_tokens: int,

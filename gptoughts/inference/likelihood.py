@@ -9,7 +9,7 @@ from torch import nn
 from gptoughts.config.experiment import ExperimentConfig
 from gptoughts.data.tokenizer import Tokenizer
 from gptoughts.errors import ConfigError, DataError
-from gptoughts.inference.diffusion_likelihood import DiffusionOptions, DiffusionScorer
+from gptoughts.inference.diffusion_likelihood import LikelihoodOptions, DiffusionScorer
 from gptoughts.inference.likelihood_scorer import AutoregressiveScorer, Likelihood, LikelihoodScorer, Request
 from gptoughts.inference.row_scorer import RowScorer
 from gptoughts.models.llada.config import DiffusionFields
@@ -21,7 +21,7 @@ def build_scorer(
     config: ExperimentConfig,
     *,
     batch_size: int,
-    diffusion: DiffusionOptions | None = None,
+    diffusion: LikelihoodOptions | None = None,
     checks_greedy: bool = True,
 ) -> LikelihoodScorer:
     """What scores requests with a model of any family.
@@ -58,7 +58,7 @@ def build_scorer(
     assert shape.mask_token_id is not None
     return DiffusionScorer(
         rows,
-        options=diffusion or DiffusionOptions(),
+        options=diffusion or LikelihoodOptions(),
         mask_token_id=shape.mask_token_id,
         is_shifted=shape.is_shifted,
         context_tokens=context_tokens,

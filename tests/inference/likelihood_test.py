@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from gptoughts.config.experiment import ParallelConfig
 from gptoughts.errors import ConfigError, DataError
-from gptoughts.inference.diffusion_likelihood import DiffusionOptions, DiffusionScorer, maskings, num_maskings
+from gptoughts.inference.diffusion_likelihood import LikelihoodOptions, DiffusionScorer, maskings, num_maskings
 from gptoughts.inference.likelihood import build_scorer, encode_pair, log_likelihood
 from gptoughts.inference.likelihood_scorer import AutoregressiveScorer, Likelihood, LikelihoodScorer, Request
 from gptoughts.inference.row_scorer import RowScorer
@@ -66,7 +66,7 @@ def toy_scorer(
     if model.is_causal:
         return AutoregressiveScorer(rows, context_tokens=64, checks_greedy=checks_greedy)
     return DiffusionScorer(
-        rows, options=DiffusionOptions(**options), mask_token_id=MASK, is_shifted=shifted, context_tokens=64,
+        rows, options=LikelihoodOptions(**options), mask_token_id=MASK, is_shifted=shifted, context_tokens=64,
         checks_greedy=checks_greedy,
     )  # fmt: skip
 
@@ -179,7 +179,7 @@ def test_the_drawn_bound_is_unbiased_and_knows_its_error() -> None:
 
 
 def test_counts_are_exact_and_stratified() -> None:
-    options = DiffusionOptions(num_samples=64)
+    options = LikelihoodOptions(num_samples=64)
     found = list(maskings(Request([1], list(range(8))), options))
     assert len(found) == num_maskings(8, options) == 64
     sizes = [len(one.masked) for one in found]
@@ -241,7 +241,7 @@ def refusals() -> None:
 
 def test_what_cannot_be_scored_is_said() -> None:
     run_distributed(refusals, 1)
-    problems = DiffusionOptions(method="guess", num_samples=3, seed=-1).problems()
+    problems = LikelihoodOptions(method="guess", num_samples=3, seed=-1).problems()
     assert [problem.split("=")[0] for problem in problems] == ["method", "num_samples", "seed"]
 
 
@@ -252,7 +252,7 @@ def score_family(family: str, layout: Layout, folder: str) -> tuple[list[float],
     entry = FAMILIES[config.model_type]
     model = entry.load_model_builder()(config, params_dtype=torch.float32).eval()
     scorer = build_scorer(
-        model, config, batch_size=2, diffusion=None if entry.is_causal else DiffusionOptions(num_samples=4)
+        model, config, batch_size=2, diffusion=None if entry.is_causal else LikelihoodOptions(num_samples=4)
     )
     rows = text_rows(5, 40)
     requests = [Request(row[: 3 + 5 * n].tolist(), row[3 + 5 * n : 12 + 6 * n].tolist()) for n, row in enumerate(rows)]
@@ -317,5 +317,5 @@ def test_texts_are_cut_where_the_answer_begins() -> None:
 def test_options_of_another_family_are_refused(tmp_path: Path) -> None:
     config = toy_experiment("gpt", Layout(), tmp_path).config
     with pytest.raises(ConfigError) as caught:
-        build_scorer(nn.Identity(), config, batch_size=0, diffusion=DiffusionOptions())
+        build_scorer(nn.Identity(), config, batch_size=0, diffusion=LikelihoodOptions())
     assert [problem.split(": ")[0] for problem in caught.value.problems] == ["batch_size=0", "method=monte_carlo"]
