@@ -9,7 +9,7 @@ from torch import nn
 from gptoughts.config.experiment import ExperimentConfig
 from gptoughts.data.tokenizer import Tokenizer
 from gptoughts.errors import ConfigError, DataError
-from gptoughts.inference.diffusion_likelihood import LikelihoodOptions, DiffusionScorer
+from gptoughts.inference.diffusion_likelihood import DiffusionScorer, LikelihoodOptions
 from gptoughts.inference.likelihood_scorer import AutoregressiveScorer, Likelihood, LikelihoodScorer, Request
 from gptoughts.inference.row_scorer import RowScorer
 from gptoughts.models.llada.config import DiffusionFields

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from gptoughts.config.experiment import ParallelConfig
 from gptoughts.errors import ConfigError, DataError
-from gptoughts.inference.diffusion_likelihood import LikelihoodOptions, DiffusionScorer, maskings, num_maskings
+from gptoughts.inference.diffusion_likelihood import DiffusionScorer, LikelihoodOptions, maskings, num_maskings
 from gptoughts.inference.likelihood import build_scorer, encode_pair, log_likelihood
 from gptoughts.inference.likelihood_scorer import AutoregressiveScorer, Likelihood, LikelihoodScorer, Request
 from gptoughts.inference.row_scorer import RowScorer
