@@ -96,7 +96,8 @@ def train(layout: Layout, folder: str, steps: int, resumes: bool) -> list[tuple[
             marks=pytest.mark.slow,
         ),
         pytest.param(
-            Layout(data=2, zero=2, layers=4, extra=MTP), Layout(pipeline=2, zero=1, layers=4, accumulation=4, extra=MTP),
+            Layout(data=2, zero=2, layers=4, extra=MTP),
+            Layout(pipeline=2, zero=1, layers=4, accumulation=4, extra=MTP),
             marks=pytest.mark.slow,
         ),
         pytest.param(
