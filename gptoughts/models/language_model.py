@@ -5,10 +5,9 @@ Legend: s sequence, b microbatch, h hidden, v vocabulary on this rank.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from megatron.core.models.gpt import GPTModel
@@ -20,21 +19,21 @@ from megatron.core.tensor_parallel.mappings import (
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
-from torch.nn import Parameter
 
 from gptoughts.config.experiment import ExperimentConfig
 from gptoughts.models.construction import ConstructionContext
 from gptoughts.models.cross_entropy import cross_entropy
+from gptoughts.models.fp8 import Fp8Products
 from gptoughts.models.initialization import Gathered, initialize_parameters, keep_as_is
 from gptoughts.models.multi_token_prediction import MultiTokenInputs, MultiTokenPrediction
+from gptoughts.models.naming import global_buffer_names, global_parameter_names
 from gptoughts.models.rotary import rotary_table
 from gptoughts.parallel import groups
 from gptoughts.parallel.shared_embedding import copy_of_embedding
 from gptoughts.platform import device
-
-AnyTensor = TypeVar("AnyTensor", bound=Tensor)
-
-_LAYER = re.compile(r"(?<=decoder\.layers\.)\d+(?=\.)")
+from gptoughts.precision import te_backend
+from gptoughts.precision.backend import choose_backend
+from gptoughts.precision.fp8_recipe import DelayedScaling
 
 
 class LanguageModel(GPTModel):
@@ -98,6 +97,8 @@ class LanguageModel(GPTModel):
             self.embedding_copy = _without_parameter(self.output_layer, config.params_dtype)
         self.shares_embedding = share_embeddings_and_output_weights and pre_process != post_process
         self.mtp_num_layers = mtp_num_layers
+        self.fp8: Fp8Products | None = None
+        """Unset: no FP8."""
         if mtp_num_layers and post_process:
             assert pre_process, "multi-token prediction needs the embedding where the output layer is"
             layer, norm = block_spec.layer_specs[-1], block_spec.layer_norm
@@ -129,8 +130,23 @@ class LanguageModel(GPTModel):
             With labels fp32 [b, s] nats, or, where a model with multi-token prediction trains, [1 + depths, b, s], the
             main model's first; logits [b, s, whole vocabulary] without; [s, b, h] before the last stage.
 
-        Collective: tensor-parallel group.
+        Collective: tensor-parallel group; with FP8 the amax group.
         """
+        with self.fp8.forward() if self.fp8 is not None else nullcontext():
+            return self._forward(
+                input_ids, position_ids, attention_mask, labels, packed_seq_params, selected_positions, is_padding
+            )
+
+    def _forward(
+        self,
+        input_ids: Tensor | None,
+        position_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        labels: Tensor | None,
+        packed_seq_params: PackedSeqParams | None,
+        selected_positions: Tensor | None,
+        is_padding: Tensor | None,
+    ) -> Tensor:
         assert input_ids is not None, "every stage gets the tokens: their shape gives the positions"
         hidden_states = self.embedding(input_ids=input_ids, position_ids=None) if self.pre_process else None
         layer_inputs = {
@@ -227,36 +243,6 @@ def _given_whole_sequence(layer: Any) -> Iterator[None]:
         layer.sequence_parallel = before
 
 
-def global_parameter_names(model: torch.nn.Module) -> dict[str, Parameter]:
-    """Parameters by a name that is the same in every layout: layers are numbered over the whole model.
-
-    A parameter that two modules share (tied embeddings) appears once, under its first name.
-    """
-    return _globally_named(model, model.named_parameters())
-
-
-def global_buffer_names(model: torch.nn.Module) -> dict[str, Tensor]:
-    """Buffers that belong in a checkpoint (biases of routers), by names like those of parameters."""
-    persistent = model.state_dict(keep_vars=True)
-    return _globally_named(model, ((name, buffer) for name, buffer in model.named_buffers() if name in persistent))
-
-
-def _globally_named(model: torch.nn.Module, tensors: Iterable[tuple[str, AnyTensor]]) -> dict[str, AnyTensor]:
-    first_layers = {
-        name: module.layer_number - 1  # type: ignore[union-attr,operator]
-        for name, module in model.named_modules()
-        if re.search(r"decoder\.layers\.\d+$", name)
-    }
-    names: dict[str, AnyTensor] = {}
-    for name, tensor in tensors:
-        match = _LAYER.search(name)
-        if match:
-            number = first_layers[name[: match.end()]]
-            name = f"{name[: match.start()]}{number}{name[match.end() :]}"
-        names[name] = tensor
-    return names
-
-
 def build_language_model(
     config: ExperimentConfig,
     transformer_config: TransformerConfig,
@@ -285,6 +271,9 @@ def build_language_model(
     Collective: tensor-parallel group; the data-parallel group under ZeRO-3.
     """
     model = config.model
+    backend = choose_backend(config.fp8).name if config.use_fp8 else ""
+    if backend == "te":
+        te_backend.configure(transformer_config, DelayedScaling.of(config.fp8))
     with construction_context():
         language_model = LanguageModel(
             transformer_config,
@@ -301,6 +290,8 @@ def build_language_model(
             post_process=post_process,
             vp_stage=vp_stage,
         )
+    if config.use_fp8:
+        language_model.fp8 = Fp8Products(language_model, config, backend)
     initialize_parameters(
         global_parameter_names(language_model),
         seed=config.seed,
