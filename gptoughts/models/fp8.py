@@ -12,9 +12,10 @@ from gptoughts.config.experiment import ExperimentConfig
 from gptoughts.config.fp8 import is_kept, unmatched
 from gptoughts.errors import ConfigError
 from gptoughts.models.grouped_experts import GroupedExperts
-from gptoughts.models.naming import globally_named
+from gptoughts.models.parameter_names import globally_named
 from gptoughts.parallel import groups
 from gptoughts.precision import te_backend
+from gptoughts.precision.backend import choose_backend
 from gptoughts.precision.fp8_linear import ColumnParallelLinear, RowParallelLinear
 from gptoughts.precision.fp8_recipe import DelayedScaling
 from gptoughts.precision.scaling_state import ScalingRegion, ScalingState, initial_of
@@ -23,7 +24,7 @@ EXPERT_PRODUCTS = ("linear_fc1", "linear_fc2")
 
 
 class Fp8Products:
-    """The products of one chunk that can run in FP8, and those that do.
+    """The products of one chunk that can run in FP8, and those that do; watches every call of the chunk.
 
     Linear layers are Transformer Engine's or emulated, as the backend says; experts' products are always emulated.
 
@@ -53,6 +54,10 @@ class Fp8Products:
             if not stays_out(name):
                 self.states[name] = enable(self._recipe)
         self._region = self._new_region()
+        self._running = ExitStack()
+        model.register_forward_pre_hook(self._begin_forward)
+        # Not where a forward raises: the reduction at the end would wait for ranks that did not get there.
+        model.register_forward_hook(self._end_forward)
         model.decoder.layers[0].register_forward_pre_hook(self._watch_backward, with_kwargs=True)
 
     @contextmanager
@@ -92,6 +97,13 @@ class Fp8Products:
         """A line for each product that the backend cannot multiply, of ``rows`` tokens on a rank."""
         return te_backend.shape_problems(self._te.layers, rows) if self._te is not None else []
 
+    def _begin_forward(self, *_: Any) -> None:
+        self._running = ExitStack()
+        self._running.enter_context(self.forward())
+
+    def _end_forward(self, *_: Any) -> None:
+        self._running.close()
+
     def _new_region(self) -> ScalingRegion | None:
         if not self.states:
             return None
@@ -103,6 +115,17 @@ class Fp8Products:
         if args:
             return (self._region.end_of_backward(args[0]), *args[1:]), kwargs
         return args, kwargs | {"hidden_states": self._region.end_of_backward(kwargs["hidden_states"])}
+
+
+def prepare_fp8(transformer_config: Any, config: ExperimentConfig) -> None:
+    """What megatron-core's configuration has to say before modules are made from it; nothing without FP8."""
+    if config.use_fp8 and choose_backend(config.fp8).name == "te":
+        te_backend.configure(transformer_config, DelayedScaling.of(config.fp8))
+
+
+def switch_on_fp8(model: nn.Module, config: ExperimentConfig) -> Fp8Products | None:
+    """Let the chunk's products run in FP8 from its next forward on; None where the run is without FP8."""
+    return Fp8Products(model, config, choose_backend(config.fp8).name) if config.use_fp8 else None
 
 
 _Switch = tuple[Callable[[DelayedScaling], ScalingState], Callable[[], None]]

@@ -23,17 +23,14 @@ from torch import Tensor
 from gptoughts.config.experiment import ExperimentConfig
 from gptoughts.models.construction import ConstructionContext
 from gptoughts.models.cross_entropy import cross_entropy
-from gptoughts.models.fp8 import Fp8Products
+from gptoughts.models.fp8 import Fp8Products, prepare_fp8, switch_on_fp8
 from gptoughts.models.initialization import Gathered, initialize_parameters, keep_as_is
 from gptoughts.models.multi_token_prediction import MultiTokenInputs, MultiTokenPrediction
-from gptoughts.models.naming import global_buffer_names, global_parameter_names
+from gptoughts.models.parameter_names import global_buffer_names, global_parameter_names
 from gptoughts.models.rotary import rotary_table
 from gptoughts.parallel import groups
 from gptoughts.parallel.shared_embedding import copy_of_embedding
 from gptoughts.platform import device
-from gptoughts.precision import te_backend
-from gptoughts.precision.backend import choose_backend
-from gptoughts.precision.fp8_recipe import DelayedScaling
 
 
 class LanguageModel(GPTModel):
@@ -122,36 +119,22 @@ class LanguageModel(GPTModel):
             attention_mask: As in ``SDPACoreAttention.forward``; unset: what the layer spec says (causal or none).
             labels: int64 [b, s], already shifted where the objective shifts.
             packed_seq_params: Lengths of the sequences packed into one row (b = 1).
-            selected_positions: int64 [n], distinct indices into the flattened [b, s]: with labels, the output layer
-                runs at these alone, and the loss elsewhere reads 0.
+            selected_positions: int64 [n], distinct indices into the flattened [b, s]: the output layer runs at these
+                alone; with labels the loss elsewhere reads 0.
             is_padding: bool [b, s], positions that routers of experts do not count; unset: there are none.
 
         Returns:
             With labels fp32 [b, s] nats, or, where a model with multi-token prediction trains, [1 + depths, b, s], the
-            main model's first; logits [b, s, whole vocabulary] without; [s, b, h] before the last stage.
+            main model's first; without, logits [b, s, whole vocabulary], or [n, whole vocabulary] at the selected
+            positions; [s, b, h] before the last stage.
 
         Collective: tensor-parallel group; with FP8 the amax group.
         """
-        with self.fp8.forward() if self.fp8 is not None else nullcontext():
-            return self._forward(
-                input_ids, position_ids, attention_mask, labels, packed_seq_params, selected_positions, is_padding
-            )
-
-    def _forward(
-        self,
-        input_ids: Tensor | None,
-        position_ids: Tensor | None,
-        attention_mask: Tensor | None,
-        labels: Tensor | None,
-        packed_seq_params: PackedSeqParams | None,
-        selected_positions: Tensor | None,
-        is_padding: Tensor | None,
-    ) -> Tensor:
         assert input_ids is not None, "every stage gets the tokens: their shape gives the positions"
         hidden_states = self.embedding(input_ids=input_ids, position_ids=None) if self.pre_process else None
         layer_inputs = {
             "attention_mask": attention_mask,
-            "rotary_pos_emb": self._rotary_table(input_ids.size(1), position_ids),
+            "rotary_pos_emb": self.rotary_table(input_ids.size(1), position_ids),
             "packed_seq_params": packed_seq_params,
         }
         hidden_states = self.decoder(
@@ -159,14 +142,22 @@ class LanguageModel(GPTModel):
         )
         if not self.post_process:
             return hidden_states
+        if labels is None and selected_positions is not None:
+            rows = self._selected_rows(hidden_states, selected_positions, input_ids.size(1))
+            with _given_whole_sequence(self.output_layer):
+                return self.logits(rows).squeeze(1)
         if labels is None:
-            logits, _ = self.output_layer(hidden_states, weight=self._tied_weight())
-            return gather_from_tensor_model_parallel_region(logits).transpose(0, 1)
+            return self.logits(hidden_states).transpose(0, 1)
         loss = self.token_loss(hidden_states, labels, selected_positions)
         if not self.mtp_num_layers or not self.training:
             return loss
         inputs = MultiTokenInputs(input_ids, labels, selected_positions, is_padding)
         return torch.stack([loss, *self.mtp.losses(self, hidden_states, inputs, layer_inputs)])
+
+    def logits(self, hidden_states: Tensor) -> Tensor:
+        """[s, b, h] to [s, b, whole vocabulary]. Collective: tensor-parallel group."""
+        logits, _ = self.output_layer(hidden_states, weight=self._tied_weight())
+        return gather_from_tensor_model_parallel_region(logits)
 
     def _tied_weight(self) -> Tensor | None:
         """The output layer's matrix where it is not its own."""
@@ -190,15 +181,20 @@ class LanguageModel(GPTModel):
 
     def _selected_loss(self, hidden_states: Tensor, labels: Tensor, selected: Tensor, weight: Tensor | None) -> Tensor:
         """Loss [b, s] at the selected positions and 0 elsewhere, of [s, b, h] (s this rank's part, where divided)."""
-        if self.config.sequence_parallel:
-            # The output layer sums its input's gradient over the ranks, so each takes its own part of the whole.
-            hidden_states = gather_from_sequence_parallel_region(hidden_states, tensor_parallel_output_grad=False)
         b, s = labels.shape
-        rows = hidden_states.flatten(0, 1).index_select(0, selected % s * b + selected // s).unsqueeze(1)
+        rows = self._selected_rows(hidden_states, selected, s)
         with _given_whole_sequence(self.output_layer):
             logits, _ = self.output_layer(rows, weight=weight)
         loss = self.compute_language_model_loss(labels.reshape(-1)[None, selected], logits)
         return loss.new_zeros(b * s).index_copy(0, selected, loss.view(-1)).view(b, s)
+
+    def _selected_rows(self, hidden_states: Tensor, selected: Tensor, length: int) -> Tensor:
+        """[n, 1, h] at indices into the flattened [b, length], of [s, b, h] (s this rank's part, where divided)."""
+        if self.config.sequence_parallel:
+            # The output layer sums its input's gradient over the ranks, so each takes its own part of the whole.
+            hidden_states = gather_from_sequence_parallel_region(hidden_states, tensor_parallel_output_grad=False)
+        where = selected % length * hidden_states.size(1) + selected // length
+        return hidden_states.flatten(0, 1).index_select(0, where).unsqueeze(1)
 
     def shared_embedding_weight(self) -> Tensor | None:
         """The embedding matrix of a stage that shares it with another one: the parameter, or its copy."""
@@ -212,7 +208,8 @@ class LanguageModel(GPTModel):
             return is_padding
         return is_padding.chunk(groups.tensor_parallel_size(), dim=1)[groups.tensor_parallel_rank()]
 
-    def _rotary_table(self, length: int, position_ids: Tensor | None) -> Tensor:
+    def rotary_table(self, length: int, position_ids: Tensor | None) -> Tensor:
+        """cos and sin as the layers take them, of the given positions [b, s] below ``length``, or of all below it."""
         table = rotary_table(
             max(self.max_sequence_length, length),
             self.rotary_dim,
@@ -271,9 +268,7 @@ def build_language_model(
     Collective: tensor-parallel group; the data-parallel group under ZeRO-3.
     """
     model = config.model
-    backend = choose_backend(config.fp8).name if config.use_fp8 else ""
-    if backend == "te":
-        te_backend.configure(transformer_config, DelayedScaling.of(config.fp8))
+    prepare_fp8(transformer_config, config)
     with construction_context():
         language_model = LanguageModel(
             transformer_config,
@@ -290,8 +285,7 @@ def build_language_model(
             post_process=post_process,
             vp_stage=vp_stage,
         )
-    if config.use_fp8:
-        language_model.fp8 = Fp8Products(language_model, config, backend)
+    language_model.fp8 = switch_on_fp8(language_model, config)
     initialize_parameters(
         global_parameter_names(language_model),
         seed=config.seed,
