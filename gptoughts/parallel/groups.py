@@ -210,6 +210,13 @@ def context_parallel_group() -> dist.ProcessGroup:
     return parallel_state.get_context_parallel_group()
 
 
+def data_parallel_group() -> dist.ProcessGroup:
+    """The ranks with samples of their own that hold the same shard of the model."""
+    from megatron.core import parallel_state
+
+    return parallel_state.get_data_parallel_group()
+
+
 def data_parallel_size() -> int:
     """Ranks, or groups of context-parallel ranks, with samples of their own."""
     from megatron.core import parallel_state
