@@ -6,7 +6,9 @@ denominators are known before the first forward, so one all-reduce gives the glo
     loss_sum · num_microbatches · data_parallel_size / global_denominator;
 
 megatron-core's mean over microbatches and DeepSpeed's mean over ranks then give the exact global mean, however unequal
-the microbatches are.
+the microbatches are. Context-parallel ranks have the loss_sum of their part of the sequences, and DeepSpeed's mean is
+over them, too; megatron-core multiplies losses by their number (pipeline_parallel/schedules.py:268, 0.16.1; line 340 of
+0.19.2), and those of balance with them.
 """
 
 from __future__ import annotations

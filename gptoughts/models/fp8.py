@@ -178,7 +178,7 @@ def check_products(
         f"in {kinds}; patterns take * and ?"
         for word in strange
     ]
-    rows = (config.batch_size or 1) * (config.block_size or 1)
+    rows = (config.batch_size or 1) * (config.block_size or 1) // config.parallel.context
     problems += [problem for chunk in chunks for problem in chunk.fp8.shape_problems(rows)]
     if problems:
         raise ConfigError(problems)

@@ -30,6 +30,7 @@ from gptoughts.models.stages import all_names, build_stages, shared_embedding_we
 from gptoughts.objectives.base import ModelInputs, Objective
 from gptoughts.objectives.multi_token import MultiTokenLoss
 from gptoughts.parallel import groups
+from gptoughts.parallel.context import own_part
 from gptoughts.platform import device
 from gptoughts.precision.backend import backend_problem, choose_backend
 from gptoughts.training.callbacks import (
@@ -65,12 +66,14 @@ class ForwardStep:
         )
         if not chunk.post_process:
             return output
-        extras = {TARGET_BYTES: bytes_of(inputs.labels, inputs.is_counted, self.token_bytes)}
-        if output.dim() == inputs.labels.dim():
-            return ForwardOutput(self.objective.reduce(output, inputs.loss_weights), extras)
+        # Losses are those of this rank's part of each sequence; the engine sums over all parts.
+        labels, is_counted, weights = map(own_part, (inputs.labels, inputs.is_counted, inputs.loss_weights))
+        extras = {TARGET_BYTES: bytes_of(labels, is_counted, self.token_bytes)}
+        if output.dim() == labels.dim():
+            return ForwardOutput(self.objective.reduce(output, weights), extras)
         # A model with multi-token prediction, in training: the main loss first, then one per depth.
-        auxiliary_sum, further_extras = self.multi_token_loss(output[1:], inputs)
-        loss_sum = self.objective.reduce(output[0], inputs.loss_weights)
+        auxiliary_sum, further_extras = self.multi_token_loss(output[1:], inputs, own_part)
+        loss_sum = self.objective.reduce(output[0], weights)
         return ForwardOutput(loss_sum, extras | further_extras, auxiliary_sum)
 
 
