@@ -24,6 +24,7 @@ AXES: dict[str, Sequence[Any]] = {
     "sequence": (False, True),
     "pipeline": (1, 2, 4),
     "virtual": (1, 2),
+    "context": (1, 2),
     "expert": (1, 2),
     "data": (1, 2, 4),
     "zero": (0, 1, 2, 3),
@@ -71,17 +72,8 @@ class Case:
 
     def refusal(self) -> list[str]:
         """What the configuration says against it; nothing where it can be run."""
-        base, layout = _base(self.family, self.layout.layers), self.layout
-        parallel = replace(
-            base.config.parallel,
-            **{name: getattr(layout, name) for name in ("tensor", "sequence", "pipeline", "expert")},
-            virtual_pipeline=layout.virtual,
-        )
-        train = replace(base.config.train, gradient_accumulation_steps=layout.accumulation)
-        config = replace(base.config, parallel=parallel, train=train, batch_size=_batch_size(layout))
-        found, data = validate(config, base.sources, world_size=layout.world_size)
-        config, num_microbatches, problems = resolve_batch(config, dict(base.sources), data)
-        return found + (problems or microbatch_problems(config, base.sources, num_microbatches))
+        # A JSON that holds a stage and nothing else adds no reason.
+        return _refusal(self.family, replace(self.layout, zero=0))
 
 
 def make_case(family: str, values: dict[str, Any], *, layers: int | None = None) -> Case:
@@ -105,6 +97,21 @@ def _base(family: str, layers: int) -> Experiment:
     case = make_case(family, {name: values[0] for name, values in AXES.items()}, layers=layers)
     with tempfile.TemporaryDirectory() as folder:
         return toy_experiment(family, case.layout, Path(folder))
+
+
+@cache
+def _refusal(family: str, layout: Layout) -> list[str]:
+    base = _base(family, layout.layers)
+    parallel = replace(
+        base.config.parallel,
+        **{name: getattr(layout, name) for name in ("tensor", "sequence", "pipeline", "context", "expert")},
+        virtual_pipeline=layout.virtual,
+    )
+    train = replace(base.config.train, gradient_accumulation_steps=layout.accumulation)
+    config = replace(base.config, parallel=parallel, train=train, batch_size=_batch_size(layout))
+    found, data = validate(config, base.sources, world_size=layout.world_size)
+    config, num_microbatches, problems = resolve_batch(config, dict(base.sources), data)
+    return found + (problems or microbatch_problems(config, base.sources, num_microbatches))
 
 
 @cache

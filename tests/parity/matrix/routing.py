@@ -93,16 +93,9 @@ class RoutingLog:
         assert self._table is not None
         whole = self._table[layer][self._run.step, samples]
         length = num_tokens // len(samples)
-        part = context_rank() * (groups.tensor_parallel_size() if is_divided else 1)
+        part = groups.context_parallel_rank() * (groups.tensor_parallel_size() if is_divided else 1)
         part += groups.tensor_parallel_rank() if is_divided else 0
         return whole[:, part * length :][:, :length].transpose(0, 1).reshape(num_tokens, -1)
-
-
-def context_rank() -> int:
-    """Which of the consecutive parts of a sequence this rank has."""
-    from megatron.core import parallel_state
-
-    return int(parallel_state.get_context_parallel_rank())
 
 
 @contextmanager
