@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import re
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import torch
@@ -34,11 +36,12 @@ def main() -> int:
         write_table(render(records))
         return 0
     cases = [case for case in feasible_cases() if case.family in options.family]
-    return run_cases(shard_of(cases, *options.shard), results, options.results.parent / "one_rank")
+    shard = shard_of(cases, *options.shard)
+    return run_cases(shard, results, options.results.parent / "one_rank", options.minutes * 60)
 
 
-def run_cases(cases: list[Case], results: ResultsFile, references: Path) -> int:
-    """Run what these sources have not passed yet; 1 where something is not equal."""
+def run_cases(cases: list[Case], results: ResultsFile, references: Path, seconds: float) -> int:
+    """Run what these sources have not passed yet, for so long; 1 where something is not equal or was not run."""
     # Workers inherit these settings, which tests/conftest.py makes for pytest.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -47,13 +50,16 @@ def run_cases(cases: list[Case], results: ResultsFile, references: Path) -> int:
     passed = results.passed(source)
     left = [case for case in cases if str(case) not in passed]
     console.print(f"{len(left)} of {len(cases)} layouts left for sources {source}; results in {results.path}")
-    failures = 0
+    begun, done, failures = time.monotonic(), 0, 0
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
                TimeRemainingColumn())  # fmt: skip
     (references / source).mkdir(parents=True, exist_ok=True)
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("", total=len(left))
         for case in left:
+            if time.monotonic() - begun > seconds:
+                break
+            done += 1
             progress.update(task, description=str(case))
             record = _run_one(case, source, references / source)
             results.append(record)
@@ -62,8 +68,8 @@ def run_cases(cases: list[Case], results: ResultsFile, references: Path) -> int:
                 progress.console.print(f"[red]{case}[/red]: " + "\n".join(record.problems))
             progress.advance(task)
     close_pools()
-    console.print(f"{len(left) - failures} equal to one rank, {failures} not")
-    return 1 if failures else 0
+    console.print(f"{done - failures} equal to one rank, {failures} not, {len(left) - done} not run")
+    return 1 if failures or done < len(left) else 0
 
 
 def _run_one(case: Case, source: str, references: Path) -> Record:
@@ -79,6 +85,7 @@ def _parser() -> argparse.ArgumentParser:
     add = found.add_argument
     add("--results", type=Path, default=RESULTS, metavar="FILE", help="JSON lines; finished cases are not run again")
     add("--shard", type=_shard, default=(1, 1), metavar="I/N", help="the I-th of N parts (1/N ... N/N)")
+    add("--minutes", type=float, default=math.inf, help="begin no layout after so many")
     add("--family", nargs="+", choices=FAMILIES, default=FAMILIES, help="of these families alone")
     add("--write_table", action="store_true", help="run nothing: write the table into docs/parallelism.md")
     add("--source", metavar="HASH", help="with --write_table: of these sources; unset: those of the newest result")

@@ -93,22 +93,23 @@ def _batch_size(layout: Layout) -> int:
 
 
 @cache
-def _base(family: str, layers: int) -> Experiment:
-    case = make_case(family, {name: values[0] for name, values in AXES.items()}, layers=layers)
+def _base(family: str) -> Experiment:
+    case = make_case(family, {name: values[0] for name, values in AXES.items()})
     with tempfile.TemporaryDirectory() as folder:
         return toy_experiment(family, case.layout, Path(folder))
 
 
 @cache
 def _refusal(family: str, layout: Layout) -> list[str]:
-    base = _base(family, layout.layers)
+    base = _base(family)
     parallel = replace(
         base.config.parallel,
         **{name: getattr(layout, name) for name in ("tensor", "sequence", "pipeline", "context", "expert")},
         virtual_pipeline=layout.virtual,
     )
     train = replace(base.config.train, gradient_accumulation_steps=layout.accumulation)
-    config = replace(base.config, parallel=parallel, train=train, batch_size=_batch_size(layout))
+    model = replace(base.config.model, num_layers=layout.layers)
+    config = replace(base.config, model=model, parallel=parallel, train=train, batch_size=_batch_size(layout))
     found, data = validate(config, base.sources, world_size=layout.world_size)
     config, num_microbatches, problems = resolve_batch(config, dict(base.sources), data)
     return found + (problems or microbatch_problems(config, base.sources, num_microbatches))
