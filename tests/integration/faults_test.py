@@ -84,6 +84,7 @@ def run_until_all_are_gone(death: Death, arguments: Sequence[str]) -> tuple[list
         psutil.wait_procs([victim], timeout=240)
         died = time.monotonic()
         outputs = [process.communicate(timeout=GONE_WITHIN_SECONDS)[0] for process in processes]
+        assert all(process.returncode != 0 for process in processes)
         return outputs, time.monotonic() - died
     finally:
         for process in processes:
