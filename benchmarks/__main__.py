@@ -5,7 +5,17 @@ from __future__ import annotations
 import subprocess
 import sys
 
-ALL = ("startup", "preprocess", "model_step", "train_step", "moe_step", "masked_head", "checkpoint", "plan")
+ALL = (
+    "startup",
+    "preprocess",
+    "model_step",
+    "train_step",
+    "moe_step",
+    "masked_head",
+    "diffusion",
+    "checkpoint",
+    "plan",
+)
 
 if __name__ == "__main__":
     for name in ALL:
