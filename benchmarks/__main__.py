@@ -6,16 +6,10 @@ import subprocess
 import sys
 
 ALL = (
-    "startup",
-    "preprocess",
-    "model_step",
-    "train_step",
-    "moe_step",
-    "masked_head",
-    "diffusion",
-    "checkpoint",
-    "plan",
-)
+    "startup", "preprocess", "model_step", "train_step", "moe_step", "masked_head", "context", "diffusion",
+    "checkpoint", "plan",
+)  # fmt: skip
+
 
 if __name__ == "__main__":
     for name in ALL:

@@ -38,7 +38,7 @@ class SDPACoreAttention(MegatronModule):
         softmax_scale: Overrides 1/sqrt(k_channels).
         k_channels: Size of a query/key head; unset: kv_channels.
         v_channels: Size of a value head; unset: kv_channels.
-        cp_comm_type: Context parallelism's exchange; must be unset.
+        cp_comm_type: megatron-core's choice for context parallelism; must be unset (``models.context_attention``).
         pg_collection: Process groups, unused: heads are already this rank's.
 
     Raises:
@@ -62,8 +62,8 @@ class SDPACoreAttention(MegatronModule):
         super().__init__(config=config)
         if config.context_parallel_size != 1 or cp_comm_type not in (None, "p2p"):
             raise ValueError(
-                f"context_parallel_size={config.context_parallel_size}: scaled_dot_product_attention sees one rank's "
-                "part of a sequence only; must be 1"
+                f"context_parallel_size={config.context_parallel_size}: this class attends within what it is given; "
+                "models.context_attention goes around it; must be 1"
             )
         if config.window_size is not None:
             raise ValueError(f"window_size={config.window_size}: sliding windows are not supported; must be unset")

@@ -23,11 +23,14 @@ from torch import Tensor
 from gptoughts.config.experiment import ExperimentConfig
 from gptoughts.models.construction import ConstructionContext
 from gptoughts.models.cross_entropy import cross_entropy
+from gptoughts.models.fp8 import Fp8Products, prepare_fp8, switch_on_fp8
 from gptoughts.models.initialization import Gathered, initialize_parameters, keep_as_is
 from gptoughts.models.multi_token_prediction import MultiTokenInputs, MultiTokenPrediction
 from gptoughts.models.parameter_names import global_buffer_names, global_parameter_names
 from gptoughts.models.rotary import rotary_table
+from gptoughts.models.selection import own_selection
 from gptoughts.parallel import groups
+from gptoughts.parallel.context import own_part
 from gptoughts.parallel.shared_embedding import copy_of_embedding
 from gptoughts.platform import device
 
@@ -93,6 +96,8 @@ class LanguageModel(GPTModel):
             self.embedding_copy = _without_parameter(self.output_layer, config.params_dtype)
         self.shares_embedding = share_embeddings_and_output_weights and pre_process != post_process
         self.mtp_num_layers = mtp_num_layers
+        self.fp8: Fp8Products | None = None
+        """Unset: no FP8."""
         if mtp_num_layers and post_process:
             assert pre_process, "multi-token prediction needs the embedding where the output layer is"
             layer, norm = block_spec.layer_specs[-1], block_spec.layer_norm
@@ -111,7 +116,8 @@ class LanguageModel(GPTModel):
         """Loss per token, logits, or on a stage without the output layer its hidden states.
 
         Args:
-            input_ids: int64 [b, s]; every stage and tensor-parallel rank gets the whole sequence.
+            input_ids: int64 [b, s]; every stage, tensor- and context-parallel rank gets the whole sequence, here and in
+                all other arguments.
             position_ids: int64 [b, s]; unset: 0 ... s-1.
             attention_mask: As in ``SDPACoreAttention.forward``; unset: what the layer spec says (causal or none).
             labels: int64 [b, s], already shifted where the objective shifts.
@@ -123,12 +129,13 @@ class LanguageModel(GPTModel):
         Returns:
             With labels fp32 [b, s] nats, or, where a model with multi-token prediction trains, [1 + depths, b, s], the
             main model's first; without, logits [b, s, whole vocabulary], or [n, whole vocabulary] at the selected
-            positions; [s, b, h] before the last stage.
+            positions; [s, b, h] before the last stage. With context parallelism s is this rank's part in all of them
+            (``parallel.context``).
 
-        Collective: tensor-parallel group.
+        Collective: tensor- and context-parallel group; with FP8 the amax group.
         """
         assert input_ids is not None, "every stage gets the tokens: their shape gives the positions"
-        hidden_states = self.embedding(input_ids=input_ids, position_ids=None) if self.pre_process else None
+        hidden_states = self.embed(input_ids) if self.pre_process else None
         layer_inputs = {
             "attention_mask": attention_mask,
             "rotary_pos_emb": self.rotary_table(input_ids.size(1), position_ids),
@@ -140,6 +147,7 @@ class LanguageModel(GPTModel):
         if not self.post_process:
             return hidden_states
         if labels is None and selected_positions is not None:
+            assert groups.context_parallel_size() == 1, "whoever generates has whole sequences"
             rows = self._selected_rows(hidden_states, selected_positions, input_ids.size(1))
             with _given_whole_sequence(self.output_layer):
                 return self.logits(rows).squeeze(1)
@@ -150,6 +158,10 @@ class LanguageModel(GPTModel):
             return loss
         inputs = MultiTokenInputs(input_ids, labels, selected_positions, is_padding)
         return torch.stack([loss, *self.mtp.losses(self, hidden_states, inputs, layer_inputs)])
+
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """[s, b, h] of this rank's part of int64 [b, s]. Collective: tensor-parallel group."""
+        return self.embedding(input_ids=own_part(input_ids), position_ids=None)
 
     def logits(self, hidden_states: Tensor) -> Tensor:
         """[s, b, h] to [s, b, whole vocabulary]. Collective: tensor-parallel group."""
@@ -163,7 +175,13 @@ class LanguageModel(GPTModel):
         return self.embedding_copy
 
     def token_loss(self, hidden_states: Tensor, labels: Tensor, selected_positions: Tensor | None) -> Tensor:
-        """fp32 [b, s] of hidden states [s, b, h]. Collective: tensor-parallel group."""
+        """fp32 [b, s] of hidden states [s, b, h], this rank's part; labels and selected positions are the whole's.
+
+        Collective: tensor-parallel group.
+        """
+        if selected_positions is not None:
+            selected_positions = own_selection(selected_positions, *labels.shape)
+        labels = own_part(labels)
         if selected_positions is not None:
             return self._selected_loss(hidden_states, labels, selected_positions, self._tied_weight())
         logits, _ = self.output_layer(hidden_states, weight=self._tied_weight())
@@ -200,8 +218,11 @@ class LanguageModel(GPTModel):
         return self.embedding.word_embeddings.weight if self.pre_process else self.embedding_copy
 
     def own_positions(self, is_padding: Tensor | None) -> Tensor | None:
-        """This rank's part of [b, s] under sequence parallelism, the whole elsewhere."""
-        if is_padding is None or not self.config.sequence_parallel:
+        """This rank's part of [b, s] under context and sequence parallelism."""
+        if is_padding is None:
+            return None
+        is_padding = own_part(is_padding)
+        if not self.config.sequence_parallel:
             return is_padding
         return is_padding.chunk(groups.tensor_parallel_size(), dim=1)[groups.tensor_parallel_rank()]
 
@@ -212,11 +233,11 @@ class LanguageModel(GPTModel):
             self.rotary_dim,
             self.rotary_base,
             self.config.params_dtype,
-            position_ids,
+            None if position_ids is None else own_part(position_ids),
             frequencies=self.rotary_frequencies,
             amplitude=self.rotary_amplitude,
         )
-        return table[:, :length] if position_ids is None else table
+        return own_part(table[:, :length]) if position_ids is None else table
 
 
 def _without_parameter(layer: Any, dtype: torch.dtype) -> Tensor:
@@ -265,6 +286,7 @@ def build_language_model(
     Collective: tensor-parallel group; the data-parallel group under ZeRO-3.
     """
     model = config.model
+    prepare_fp8(transformer_config, config)
     with construction_context():
         language_model = LanguageModel(
             transformer_config,
@@ -281,6 +303,7 @@ def build_language_model(
             post_process=post_process,
             vp_stage=vp_stage,
         )
+    language_model.fp8 = switch_on_fp8(language_model, config)
     initialize_parameters(
         global_parameter_names(language_model),
         seed=config.seed,

@@ -20,8 +20,8 @@ from torch import Tensor
 _SMALL = 1 << 21
 """Multiply-adds below which MKL is faster: oneDNN's operator costs about 15 microseconds more to call."""
 _FEW_ROWS = range(8, 49)
-"""Rows that MKL multiplies faster with the sides exchanged (one thread, 768 to 4096 inputs: mostly 1.3 to 1.6 times at 8,
-16 and 32, 1.05 at 64; of 4 rows the other way is faster)."""
+"""Rows that MKL multiplies faster with the sides exchanged. One thread, 768 to 4096 inputs: mostly 1.3 to 1.6 times
+at 8, 16 and 32, 1.05 at 64; of 4 rows the other way is faster."""
 _LEAST_TURNED_INPUTS = 512
 """At 256 inputs the result has to be turned back for too little."""
 
