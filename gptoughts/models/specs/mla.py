@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from megatron.core.transformer import multi_latent_attention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.multi_latent_attention import MLASelfAttentionSubmodules
@@ -14,7 +13,6 @@ from gptoughts.models.attention import MLASelfAttention
 from gptoughts.models.context_attention import context_parallel
 from gptoughts.models.specs.backends import SpecBackend, select_backend
 from gptoughts.models.specs.dense import decoder_block, decoder_layer
-from gptoughts.precision.fp8_linear import ColumnParallelLinear
 
 
 def mla_decoder_spec(
@@ -32,10 +30,6 @@ def mla_decoder_spec(
 
 def mla_attention(config: MLATransformerConfig, backend: SpecBackend, attn_mask_type: AttnMaskType) -> ModuleSpec:
     """Latent attention alone."""
-    # Its constructor asks whether the class of a down-projection is this one, by its name in that module, and refuses a
-    # subclass (transformer/multi_latent_attention.py:409 and :454, 0.16.1; :526 and :573, 0.19.2).
-    if backend.replicated_linear is ColumnParallelLinear:
-        multi_latent_attention.ColumnParallelLinear = ColumnParallelLinear  # type: ignore[misc]
     return ModuleSpec(
         module=MLASelfAttention,
         params={"attn_mask_type": attn_mask_type},
