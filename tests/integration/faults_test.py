@@ -80,8 +80,10 @@ def run_until_all_are_gone(death: Death, arguments: Sequence[str]) -> tuple[list
     """What each started process printed, and the seconds between the death and the end of the last process."""
     processes = start(death, arguments)
     try:
-        victim = find_victim(processes, death)
-        psutil.wait_procs([victim], timeout=240)
+        if death.launcher == "environment":
+            processes[death.rank].wait(timeout=240)
+        else:
+            find_victim(processes[0], death).wait(timeout=240)
         died = time.monotonic()
         outputs = [process.communicate(timeout=GONE_WITHIN_SECONDS)[0] for process in processes]
         assert all(process.returncode != 0 for process in processes)
@@ -93,12 +95,10 @@ def run_until_all_are_gone(death: Death, arguments: Sequence[str]) -> tuple[list
             process.kill()
 
 
-def find_victim(processes: Sequence[subprocess.Popen[str]], death: Death) -> psutil.Process:
-    if death.launcher == "environment":
-        return psutil.Process(processes[death.rank].pid)
+def find_victim(launcher: subprocess.Popen[str], death: Death) -> psutil.Process:
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
-        for below in psutil.Process(processes[0].pid).children(recursive=True):
+        for below in psutil.Process(launcher.pid).children(recursive=True):
             try:
                 if PROGRAM in below.cmdline() and below.environ().get("RANK") == str(death.rank):
                     return below
