@@ -32,9 +32,9 @@ from gptoughts.parallel import groups
 from gptoughts.parallel.shared_embedding import copy_of_embedding
 from gptoughts.platform import device
 
-AnyTensor = TypeVar("AnyTensor", bound=Tensor)
+Named = TypeVar("Named")
 
-_LAYER = re.compile(r"(?<=decoder\.layers\.)\d+(?=\.)")
+_LAYER = re.compile(r"(?<=decoder\.layers\.)\d+(?=\.|$)")
 
 
 class LanguageModel(GPTModel):
@@ -241,19 +241,24 @@ def global_buffer_names(model: torch.nn.Module) -> dict[str, Tensor]:
     return _globally_named(model, ((name, buffer) for name, buffer in model.named_buffers() if name in persistent))
 
 
-def _globally_named(model: torch.nn.Module, tensors: Iterable[tuple[str, AnyTensor]]) -> dict[str, AnyTensor]:
+def global_module_names(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
+    """Modules by names like those of parameters, the model itself left out."""
+    return _globally_named(model, ((name, module) for name, module in model.named_modules() if name))
+
+
+def _globally_named(model: torch.nn.Module, pairs: Iterable[tuple[str, Named]]) -> dict[str, Named]:
     first_layers = {
         name: module.layer_number - 1  # type: ignore[union-attr,operator]
         for name, module in model.named_modules()
         if re.search(r"decoder\.layers\.\d+$", name)
     }
-    names: dict[str, AnyTensor] = {}
-    for name, tensor in tensors:
+    names: dict[str, Named] = {}
+    for name, value in pairs:
         match = _LAYER.search(name)
         if match:
             number = first_layers[name[: match.end()]]
             name = f"{name[: match.start()]}{number}{name[match.end() :]}"
-        names[name] = tensor
+        names[name] = value
     return names
 
 

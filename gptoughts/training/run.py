@@ -35,6 +35,7 @@ from gptoughts.training.run_folder import on_rank_zero, open_run, set_aside
 from gptoughts.training.setup import (
     build_callbacks,
     build_engine,
+    build_guard,
     build_loader,
     build_validation,
     check_machine,
@@ -135,7 +136,7 @@ def _run(experiment: Experiment, run_folder: Path, stop: StopRequests, extra_cal
     reader = manager.find(config.resume)
     if reader is not None:
         saved = manager.restore(reader, engine, names)
-        state = TrainState(**{key: saved[key] for key in state.as_dict()})
+        state = TrainState.read(saved)
         console.print(f"resumed from {reader.folder} (step {state.step})")
         if config.init_from is not None:
             console.print(f"init_from {config.init_from} is not read again: this run has a checkpoint of its own")
@@ -164,6 +165,7 @@ def _run(experiment: Experiment, run_folder: Path, stop: StopRequests, extra_cal
         sequence_length_tokens=seq_length(config),
         stop_requested=lambda: stop.is_requested,
         callbacks=[*callbacks, *extra_callbacks],
+        guard=build_guard(config.stability, state, engine, manager, names, console.print),
     )
     if state.step >= trainer.last_step:
         option = "train.steps" if state.step >= config.train.steps else "train.stop_after_steps"
