@@ -63,7 +63,9 @@ class FaultInjector(Callback):
                 elif fault.rank is None or fault.rank == torch.distributed.get_rank():
                     modules = dict(chunk.__dict__["_chunk"].named_modules())
                     if fault.module in modules:
-                        handles.append(modules[fault.module].register_forward_hook(_hook(fault.kind, rows)))
+                        handles.append(
+                            modules[fault.module].register_forward_hook(_hook(fault.kind, rows), prepend=True)
+                        )
             output = forward_step(chunk, inputs)
             for handle in handles:
                 handle.remove()
