@@ -50,6 +50,10 @@ Judge = Callable[[float, float], bool]
 the same figures, where the norm is finite; every rank has to give the same answer. Collective: none."""
 
 
+InitialOfBuffer = Callable[[str], float | None]
+"""A buffer's global name -> ``StateFragment.initial``."""
+
+
 @dataclass(frozen=True)
 class StepResult:
     """One optimizer step, equal on all ranks."""
@@ -102,6 +106,8 @@ class StateFragment:
     """megatron-core's partition_stride: 2 for fused SwiGLU (gate and up interleaved per rank), else 1."""
     is_owner: bool
     """Whether this rank writes the fragment."""
+    initial: float | None = None
+    """What all its elements are where a checkpoint lacks it (state of an option that was off); None: it may not."""
 
 
 class Engine(Protocol):

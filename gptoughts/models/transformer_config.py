@@ -122,6 +122,7 @@ def _common_fields(model: ModelConfig, parallel: ParallelConfig, params_dtype: t
         "pipeline_model_parallel_size": parallel.pipeline,
         "expert_model_parallel_size": parallel.expert,
         "expert_tensor_parallel_size": parallel.tensor,
+        "context_parallel_size": parallel.context,
         "sequence_parallel": parallel.sequence,
         **_pipeline_fields(model, parallel),
         # jit and CUDA features, chosen where they exist; on a CPU our own kernels stand in their place.

@@ -3,8 +3,8 @@
 Korthikanti et al. (arXiv:2205.05198, section 4) count a GPT layer: s b h (34 + 5 a s / h) bytes in half precision. Ours
 differ: attention keeps no scores but log-sum-exp (arXiv:2205.14135), SwiGLU and RMSNorm keep their input alone and make
 the rest again, there are no dropout masks, and a parallel linear layer keeps its part of a divided sequence and gathers
-it anew in backward. Per layer, with t = tensor-parallel ranks, w bytes per element, n = s b tokens, of which this rank
-holds n' = n / t of a sequence that is divided (else n' = n):
+it anew in backward. Per layer, with t = tensor-parallel ranks, w bytes per element, n = s b / c tokens (c =
+context-parallel ranks), of which this rank holds n' = n / t of a sequence that is divided (else n' = n):
 
     residual stream   n' (4 h w + 8)              both norms' inputs, outputs and fp32 inverses
     attention (GQA)   n/t ((np + 2 ng) hn w       the projection, of which values are a view
@@ -12,6 +12,9 @@ holds n' = n / t of a sequence that is divided (else n' = n):
                            + np hn w + 4 np)      output and log-sum-exp
     attention (MLA)   n/t (np (dn + dv) w + 2 np (dn + dr) w + np max(dn + dr, dv) w + 4 np), np dv w more where values
                       are narrower than keys, and the latents before and after their norms
+    with context      what the exchange brings in place of projection (expanded) and turned heads, and the output once
+      parallelism     more, ahead of its projection: GQA n/t ((3 np + 2 ng') hn w + 4 np), ng' copies of keys and values
+                      (lcm(ng / t, c) t); MLA n/t (np (2 (dn + dr) + dv) w + np max(dn + dr, dv) w + np dv w + 4 np)
     SwiGLU            n/t 3 f w                   gate and up, and their product
     experts           n k/t 2 f w, gates and indices, and the router's fp32 scores, n' 4 e
 
@@ -19,12 +22,13 @@ The last stage adds the final norm and the logits n v/t w (the loss turns them i
 apart, not here: tensors that live inside one operator, masks of samples that are cut, and what a stage keeps of what it
 has sent on (``pipeline_outputs``).
 
-Legend: s sequence, b microbatch, n = s b tokens, h hidden, np heads, ng key/value heads, hn head dim, dn + dr head dim
-of queries and keys of MLA, dv of its values, f feed-forward width, e experts, k experts per token, v vocabulary.
+Legend: s sequence, b microbatch, n = s b / c tokens, h hidden, np heads, ng key/value heads, hn head dim, dn + dr head
+dim of queries and keys of MLA, dv of its values, f feed-forward width, e experts, k experts per token, v vocabulary.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -45,7 +49,7 @@ class Microbatch:
     """One microbatch as a rank sees it."""
 
     tokens: int
-    """s b, the sequence whole."""
+    """s b / c: of this rank's part of the sequence, where context parallelism divides it."""
     tensor: int
     """Tensor-parallel ranks."""
     is_sequence_divided: bool
@@ -53,6 +57,8 @@ class Microbatch:
     """Expert-parallel ranks."""
     width: int
     """Bytes of an activation's element."""
+    context: int = 1
+    """Context-parallel ranks."""
 
     @property
     def own_tokens(self) -> int:
@@ -65,7 +71,13 @@ def microbatch(config: ExperimentConfig) -> Microbatch:
     parallel = config.parallel
     precision = config.train.precision or "bf16"
     tokens = (config.block_size or config.model.seq_length) * (config.batch_size or 1)
-    return Microbatch(tokens, parallel.tensor, parallel.sequence, parallel.expert, WIDTHS[precision])
+    own = tokens // parallel.context
+    return Microbatch(own, parallel.tensor, parallel.sequence, parallel.expert, WIDTHS[precision], parallel.context)
+
+
+def exchanged_groups(num_query_groups: int, batch: Microbatch) -> int:
+    """Key and value heads that context-parallel ranks send each other, over all tensor-parallel ranks."""
+    return math.lcm(num_query_groups // batch.tensor, batch.context) * batch.tensor
 
 
 def layer_bytes(model: ModelConfig, index: int, batch: Microbatch) -> int:
@@ -92,6 +104,9 @@ def _grouped_query_attention(model: GPTConfig, batch: Microbatch) -> int:
     assert groups is not None, "a resolved shape is filled in"
     assert size is not None
     kept = (3 * heads + 3 * groups) * size  # projection np + 2 ng, turned np + ng, output np
+    if batch.context > 1:
+        kept = (3 * heads + 2 * exchanged_groups(groups, batch)) * size  # exchanged np + 2 ng', output twice
+        kept += (heads + 2 * groups) * size * model.qk_layernorm  # the projection, for the norms
     inverses = (heads + groups) * _FP32 if model.qk_layernorm else 0
     # Grouped queries are no view of the projection: their norm keeps a copy.
     copied = heads * size if model.qk_layernorm and heads != groups else 0
@@ -103,7 +118,9 @@ def _latent_attention(model: MLAConfig, batch: Microbatch) -> int:
     heads, wide = model.num_attention_heads, model.qk_head_dim + model.qk_pos_emb_head_dim
     narrow = model.v_head_dim
     expanded = heads * (model.qk_head_dim + narrow)
-    output = heads * max(wide, narrow) + (heads * narrow if narrow < wide else 0)
+    output = heads * max(wide, narrow) + (heads * narrow if narrow < wide or batch.context > 1 else 0)
+    if batch.context > 1:
+        expanded = heads * narrow  # values; keys are copied with their rotary part
     per_token = (expanded + 2 * heads * wide + output) * batch.width + heads * _FP32
     return batch.tokens * per_token // batch.tensor + _latents(model, batch)
 
@@ -146,8 +163,8 @@ def _experts(model: ExpertFields, batch: Microbatch) -> int:
 
 
 def first_stage_bytes(batch: Microbatch) -> int:
-    """What the embedding keeps: ids, and under tensor parallelism which of them are this rank's."""
-    return batch.tokens * (_INT64 + (batch.tensor > 1))
+    """What the embedding keeps: ids (whole), and under tensor parallelism which of them are this rank's."""
+    return batch.tokens * (_INT64 * batch.context + (batch.tensor > 1))
 
 
 def rotary_bytes(model: ModelConfig, batch: Microbatch) -> int:
