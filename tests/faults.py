@@ -23,6 +23,7 @@ class Fault:
     ``loss_spike``: the losses of microbatches with these samples are multiplied by ``factor``.
     ``corrupted_weight``: after the update of ``step`` (counted from 1) the first weight of a parameter becomes
     ``value``, once, on the rank that owns it.
+    ``poisoned_amax``: after the update of ``step`` FP8's forward scales and histories of ``module`` become ``value``.
     """
 
     kind: str
@@ -80,6 +81,11 @@ class FaultInjector(Callback):
             if fault.kind == "corrupted_weight" and trainer.state.step == fault.step and number not in self._done:
                 self._done.add(number)
                 corrupt(trainer.engine, fault.parameter, fault.value)
+            if fault.kind == "poisoned_amax" and trainer.state.step == fault.step and number not in self._done:
+                self._done.add(number)
+                for fragment in trainer.engine.state_fragments():
+                    if fragment.name.startswith(f"{fault.module}.fp8.") and fragment.name.endswith("_fwd"):
+                        fragment.tensor.fill_(fault.value)
 
 
 def corrupt(engine: Any, parameter: str, value: float) -> None:

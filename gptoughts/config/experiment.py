@@ -114,7 +114,7 @@ class CheckpointConfig:
     """Train on while files are written; takes memory for a copy of what each rank writes (12 bytes per parameter)."""
 
 
-Action = Literal["skip", "rollback", "cut_lr", "stop"]
+Action = Literal["skip", "rollback", "fallback", "cut_lr", "stop"]
 
 
 @dataclass(frozen=True)
@@ -125,8 +125,8 @@ class StabilityConfig:
     """Watch. Without it a step with non-finite gradients is still skipped, but nothing else is done about it."""
     on_non_finite: Action = "skip"
     """Loss or gradient norm is NaN or infinite. skip: drop the update; rollback: go back to the last good state and
-    leave the samples out; cut_lr: roll back and lower the learning rate for some steps; stop: put back the last good
-    state, save it, end the run."""
+    leave the samples out; fallback: roll back and take layers out of FP8; cut_lr: roll back and lower the learning rate
+    for some steps; stop: put back the last good state, save it, end the run."""
     on_loss_spike: Action = "skip"
     """The loss lies more than loss_zscore above what it was."""
     on_grad_spike: Action = "skip"
@@ -145,7 +145,11 @@ class StabilityConfig:
     max_skips: int = 3
     """Updates skipped in a row; the next trouble rolls back."""
     max_rollbacks: int = 2
-    """Rollbacks without calm_steps between them; the next trouble cuts the learning rate."""
+    """Rollbacks without calm_steps between them; the next trouble takes layers out of FP8, or where none is in it cuts
+    the learning rate."""
+    fallback_layers: list[str] = field(default_factory=list)
+    """What a fallback takes out of FP8, in the words of fp8.keep_bf16; empty: the layer in which the first non-finite
+    value appeared, or everything where that is not known."""
     max_lr_cuts: int = 2
     """Cuts without calm_steps between them; the next trouble stops the run."""
     calm_steps: int = 20

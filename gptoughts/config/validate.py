@@ -72,6 +72,15 @@ def _range_problems(config: ExperimentConfig, sources: Mapping[str, str]) -> lis
     for name, text in (("output_dir", config.output_dir), ("resume", config.resume)):
         if not text:
             problems.append(f"{name}= ({sources[name]}): is empty")
+    for name in ("on_non_finite", "on_loss_spike", "on_grad_spike"):
+        if getattr(config.stability, name) == "fallback" and not config.use_fp8:
+            problems.append(
+                f"stability.{name}=fallback ({sources[f'stability.{name}']}): takes layers out of FP8, which is off; "
+                "add --use_fp8 true, or choose skip, rollback, cut_lr or stop"
+            )
+    if config.stability.fallback_layers and not config.use_fp8:
+        source = sources["stability.fallback_layers"]
+        problems.append(f"stability.fallback_layers={config.stability.fallback_layers} ({source}): FP8 is off")
     window, least = config.stability.window_steps, config.stability.min_window_steps
     if least > window >= 1:
         problems.append(

@@ -23,6 +23,7 @@ _LR_FACTOR = 0.3
 _LARGEST_CLIP = 0.5
 _SNAPSHOT_INTERVAL_STEPS = 20
 _DEEPSPEED_JSON = "emergency_deepspeed.json"
+_CONFIG = "emergency.yaml"
 LAUNCHER = "launchers/pretrain.py"
 
 
@@ -114,9 +115,11 @@ def _plan_from(folder: Path, ranks: int | None, rejected: list[Verified]) -> Eme
         flags["deepspeed_config"] = str(run / _DEEPSPEED_JSON)
         explanation.append(f"DeepSpeed's JSON without what contradicts this: {run / _DEEPSPEED_JSON}")
         _write_json(Path(config["deepspeed_config"]), run / _DEEPSPEED_JSON)
-    arguments = ["--config", str(folder / layout.CONFIG), "--output_dir", str(run), "--resume", str(folder)]
-    # A checkpoint is gone on from, and as far as the run was to go.
-    arguments += ["--init_from", "null", "--train.stop_after_steps", "null"]
+    # A checkpoint is gone on from, as far as the run was to go, and without FP8 nothing is said of it.
+    kept = {**config, "init_from": None, "train": {**config["train"], "stop_after_steps": None}}
+    kept.pop("fp8", None)
+    layout.write_atomically(run / _CONFIG, yaml.safe_dump(kept, sort_keys=False, allow_unicode=True))
+    arguments = ["--config", str(run / _CONFIG), "--output_dir", str(run), "--resume", str(folder)]
     for name, value in flags.items():
         arguments += [f"--{name}", value]
     size = ranks or int(json.loads((folder / layout.MANIFEST).read_text())["world_size"])
@@ -148,7 +151,7 @@ def _write_json(source: Path, target: Path) -> None:
     if "warmup_max_lr" in rates:
         rates["warmup_max_lr"] = "auto"
     if "fp8" in content:
-        content["fp8"]["enabled"] = False
+        content["fp8"] = {"enabled": False}
     layout.write_atomically(target, json.dumps(content, indent=2) + "\n")
 
 

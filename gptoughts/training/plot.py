@@ -96,7 +96,7 @@ def _draw_validation(axes: Any, valid: list[dict[str, Any]], key: str, scale: fl
     )
 
 
-_MARKS = {"skip": "x", "rollback": "v", "cut_lr": "D", "stop": "s"}
+_MARKS = {"skip": "x", "rollback": "v", "fallback": "^", "cut_lr": "D", "stop": "s"}
 
 
 def _draw_events(axes: Any, events: list[Event], per_step: float, colour: str) -> None:

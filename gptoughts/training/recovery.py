@@ -22,9 +22,10 @@ from gptoughts.data.loader import SampleRange, as_ranges
 from gptoughts.engine.interface import StepResult
 from gptoughts.errors import StabilityError
 from gptoughts.training.events import Event, EventsFile, describe
+from gptoughts.training.fallback import Fp8Fallback
 from gptoughts.training.run_folder import on_rank_zero, set_aside_later
 from gptoughts.training.snapshot import Snapshot
-from gptoughts.training.stability import CUT_LR, NON_FINITE, OVERFLOW, SKIP, STOP, Guard, Verdict
+from gptoughts.training.stability import CUT_LR, FALLBACK, NON_FINITE, OVERFLOW, SKIP, STOP, Guard, Verdict
 from gptoughts.training.trainer import StepReport, Trainer, TrainState
 
 FindOrigin = Callable[[Trainer], dict[str, Any]]
@@ -46,6 +47,7 @@ class Recovery:
         say: Prints a line for the user.
         events: Where events go; None on ranks that do not write.
         find_origin: Looks for the first non-finite value; unset: nobody looks.
+        fp8: What is in FP8 and can leave it; unset: nothing is.
     """
 
     def __init__(
@@ -58,6 +60,7 @@ class Recovery:
         say: Callable[[str], None],
         events: EventsFile | None,
         find_origin: FindOrigin | None,
+        fp8: Fp8Fallback | None = None,
     ) -> None:
         self.guard = Guard(config, state.guard)
         self._config = config
@@ -66,6 +69,7 @@ class Recovery:
         self._say = say
         self._events = events
         self._find_origin = find_origin
+        self._fp8 = fp8
         self._snapshot: Snapshot | None = None
         self._target_step: int | None = None
         """Where the latest rollback went."""
@@ -101,7 +105,8 @@ class Recovery:
         random_state.restore(self._rng)
         samples = as_ranges(trainer.loader.samples_of_step)
         trigger, zscore = self._found or (self._non_finite(trainer, result), None)
-        verdict = self.guard.verdict(step, trigger, zscore)
+        can_fall_back = self._fp8 is not None and bool(self._fp8.running)
+        verdict = self.guard.verdict(step, trigger, zscore, can_fall_back=can_fall_back)
         event = self._event(trainer, result, verdict, samples)
         if verdict.trigger == NON_FINITE and self._find_origin is not None:
             event["origin"] = self._find_origin(trainer)
@@ -152,6 +157,11 @@ class Recovery:
             state.skipped_samples = merged([*state.skipped_samples, *state.guard.doubtful_samples])
             state.guard.doubtful_samples = []
         trainer.loader.seek(state.consumed_samples, state.skipped_samples)
+        if verdict.action == FALLBACK:
+            assert self._fp8 is not None
+            layer = (event.get("origin") or {}).get("layer")
+            state.guard.left_fp8 += (left := self._fp8.leave(self._config.fallback_layers, layer))
+            event["left_fp8"] = left
         if verdict.action == CUT_LR:
             self.guard.cut_lr(state.step)
             event |= {"lr_factor": state.guard.lr_factor, "lr_cut_until_step": state.guard.lr_cut_until_step}

@@ -43,6 +43,7 @@ from gptoughts.training.callbacks import (
 )
 from gptoughts.training.evaluate import TARGET_BYTES, Validator, bytes_of
 from gptoughts.training.events import EventsFile
+from gptoughts.training.fallback import Fp8Fallback
 from gptoughts.training.metrics import MetricsFile
 from gptoughts.training.origin import find_origin
 from gptoughts.training.recovery import Recovery
@@ -242,6 +243,7 @@ def build_guard(
     manager: CheckpointManager,
     names: Sequence[str],
     say: Callable[[str], None],
+    fp8: Fp8Fallback | None,
 ) -> Recovery | None:
     """What watches over a run; None where it is switched off."""
     if not config.enabled:
@@ -252,7 +254,7 @@ def build_guard(
 
     events = EventsFile(manager.run) if dist.get_rank() == 0 else None
     find = look if config.replay else None
-    return Recovery(config, state, manager=manager, names=names, say=say, events=events, find_origin=find)
+    return Recovery(config, state, manager=manager, names=names, say=say, events=events, find_origin=find, fp8=fp8)
 
 
 def build_callbacks(

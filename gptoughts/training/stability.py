@@ -11,7 +11,8 @@ vary, the floor keeps a small step up from counting as a spike.
 
 Each trigger has an action. Those that do not help are followed by stronger ones:
 
-    skip (the update) → rollback (to a good state, past the samples) → cut_lr (roll back, then a lower rate) → stop
+    skip (the update) → rollback (to a good state, past the samples) → fallback (in FP8: roll back, layers leave it)
+    → cut_lr (roll back, then a lower rate) → stop
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from typing import Any
 
 from gptoughts.config.experiment import StabilityConfig
 
-SKIP, ROLLBACK, CUT_LR, STOP = "skip", "rollback", "cut_lr", "stop"
+SKIP, ROLLBACK, FALLBACK, CUT_LR, STOP = "skip", "rollback", "fallback", "cut_lr", "stop"
 NON_FINITE, LOSS_SPIKE, GRAD_SPIKE, OVERFLOW = "non_finite", "loss_spike", "grad_spike", "overflow"
 _MAD_TO_STANDARD_DEVIATION = 1.4826
 LOSS_FLOOR, GRAD_FLOOR = 0.02, 0.1
@@ -61,6 +62,8 @@ class GuardState:
     """Samples of the steps that were not applied since the last applied one: a rollback leaves them out."""
     trouble_step: int = -1
     """Latest step, over all attempts, that was in trouble; -1: none."""
+    left_fp8: list[str] = field(default_factory=list)
+    """Products that a fallback took out of FP8, by their global names; they stay out."""
     lr_factor: float = 1.0
     """What the learning rate is multiplied by ..."""
     lr_cut_until_step: int = -1
@@ -132,7 +135,7 @@ class Guard:
         if step - state.trouble_step >= self.config.calm_steps:
             state.rollbacks = state.lr_cuts = 0
 
-    def verdict(self, step: int, trigger: str, zscore: float | None) -> Verdict:
+    def verdict(self, step: int, trigger: str, zscore: float | None, *, can_fall_back: bool = False) -> Verdict:
         """What to do about a step in trouble; the state counts it.
 
         Args:
@@ -140,6 +143,7 @@ class Guard:
             trigger: As :meth:`trigger` says, or ``overflow``: fp16 gradients beyond what the loss scale allows, which
                 the scaler mends by itself.
             zscore: Of a spike.
+            can_fall_back: Whether anything is in FP8.
         """
         if trigger == OVERFLOW:
             return Verdict(trigger, SKIP, None, is_escalated=False)
@@ -149,13 +153,15 @@ class Guard:
         if action == SKIP and state.skips >= config.max_skips:
             action = ROLLBACK
         if action == ROLLBACK and state.rollbacks >= config.max_rollbacks:
+            action = FALLBACK
+        if action == FALLBACK and not can_fall_back:
             action = CUT_LR
         if action == CUT_LR and state.lr_cuts >= config.max_lr_cuts:
             action = STOP
         state.trouble_step = max(state.trouble_step, step)
         if action == SKIP:
             state.skips += 1
-        elif action == ROLLBACK:
+        elif action in (ROLLBACK, FALLBACK):
             state.skips, state.rollbacks = 0, state.rollbacks + 1
         elif action == CUT_LR:
             state.skips, state.lr_cuts = 0, state.lr_cuts + 1

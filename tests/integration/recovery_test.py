@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 
 from gptoughts.checkpoint import layout
+from gptoughts.checkpoint.portable import CheckpointReader
 from gptoughts.training.events import read_events
 from gptoughts.training.metrics import read_metrics
-from tests.distributed import run_distributed
+from tests.distributed import WorkerError, run_distributed
 from tests.faults import Fault, run_with_faults
 from tests.integration.conftest import TINY, Corpus
 
@@ -34,6 +35,7 @@ def samples_of(*steps: int) -> tuple[int, ...]:
     return tuple(sample_of(step, place) for step in steps for place in range(BATCH))
 
 
+FP8 = ("--use_fp8=true", "--fp8.backend=emulated", "--fp8.amax_history_len=8", "--batch_size=4")
 FAULTS = {
     "nan_gradient": ([Fault("nan_gradient", (sample_of(12),))], ()),
     "inf_activation": ([Fault("inf_activation", (sample_of(12),), rank=0)], ()),
@@ -44,6 +46,7 @@ FAULTS = {
     "corrupted_weight": ([Fault("corrupted_weight", step=13)], ()),
     "large weight": ([Fault("corrupted_weight", parameter="output_layer.weight", step=13, value=1e5)], ()),
     "three in a row": ([Fault("nan_gradient", (sample_of(11), sample_of(12), sample_of(13)))], ()),
+    "poisoned amax": ([Fault("poisoned_amax", step=13)], FP8),
     "first step": ([Fault("nan_gradient", (sample_of(1),))], ()),
     "first step, rolled back": (
         [Fault("inf_activation", (sample_of(1),))], ("--stability.on_non_finite=rollback",)
@@ -53,6 +56,7 @@ FAULTS = {
 ACTIONS = {
     "corrupted_weight": ["skip"] * 3 + ["rollback"],
     "large weight": ["skip"] * 3 + ["rollback"],
+    "poisoned amax": ["skip"] * 3 + ["rollback"],
     "gradient spike of one sample, rolled back": ["rollback"],
     "first step, rolled back": ["rollback"],
     "three in a row": ["skip"] * 3,
@@ -104,6 +108,10 @@ def check_origin(name: str, event: dict[str, Any]) -> None:
         return
     fault = FAULTS[name][0][0]
     assert origin is not None
+    if fault.kind == "poisoned_amax":
+        assert origin["phase"] == "state"
+        assert origin["parameter"].startswith(f"{fault.module}.fp8.")
+        return
     if fault.kind == "corrupted_weight":
         assert (origin["phase"], origin["parameter"]) == ("state", fault.parameter)
         assert origin["layer"] == 0
@@ -235,3 +243,27 @@ def test_several_ranks_heal_like_one(corpus: Corpus, tmp_path: Path, name: str) 
     for ours, theirs in zip(curve(several), curve(one), strict=True):
         assert ours[1] == pytest.approx(theirs[1], rel=1e-3, nan_ok=True), ours[0]
     assert state_of(several)["skipped_samples"] == state_of(one)["skipped_samples"]
+
+
+def test_layers_fall_back_to_bf16_and_stay_there(corpus: Corpus, tmp_path: Path) -> None:
+    """A layer whose FP8 product yields Inf in some samples leaves FP8; a resumed run keeps it out."""
+    faults = [Fault("inf_activation", (sample_of(12),))]
+    options = (*FP8, "--model.num_layers=2", "--stability.on_non_finite=fallback")
+    train(corpus, tmp_path, *options, "--train.stop_after_steps=14", faults=faults)
+    (event,) = read_events(tmp_path)
+    assert event["action"] == "fallback"
+    assert event["origin"]["layer"] == 0
+    left = set(event["left_fp8"])
+    assert len(left) == 4
+    assert all(name.startswith("decoder.layers.0.") for name in left)
+    train(corpus, tmp_path, *options)
+    assert set(state_of(tmp_path)["guard"]["left_fp8"]) == left
+    buffers = CheckpointReader(layout.list_checkpoints(tmp_path)[-1]).names("buffer")
+    assert buffers
+    assert all(name.startswith("decoder.layers.1.") for name in buffers)
+    assert [line[0] for line in curve(tmp_path)] == list(range(1, STEPS + 1))
+
+
+def test_falling_back_needs_fp8(corpus: Corpus, tmp_path: Path) -> None:
+    with pytest.raises(WorkerError, match="takes layers out of FP8, which is off"):
+        train(corpus, tmp_path, "--stability.on_non_finite=fallback")

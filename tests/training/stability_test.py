@@ -125,3 +125,11 @@ def test_what_it_remembers_survives_json() -> None:
 
 def test_ranges_are_merged() -> None:
     assert merged([(8, 12), (0, 4), (4, 6), (9, 10)]) == [(0, 6), (8, 12)]
+
+
+def test_in_fp8_layers_leave_it_before_the_rate_is_cut() -> None:
+    one = guard(max_skips=0, max_rollbacks=1, on_loss_spike="fallback")
+    found = [one.verdict(9, "non_finite", None, can_fall_back=can).action for can in (True, True, True, False)]
+    assert found == ["rollback", "fallback", "fallback", "cut_lr"]
+    assert one.verdict(9, "loss_spike", 99.0, can_fall_back=True).action == "fallback"
+    assert one.verdict(9, "loss_spike", 99.0).action == "cut_lr"
