@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -68,6 +69,7 @@ def draw_runs(runs: Sequence[Path], output: Path, *, x: str = "tokens") -> Path:
         if train and x != "time":  # a step that was left behind is at two times
             per_step = scale * train[-1][key] / train[-1]["step"]
             _draw_events(axes, read_events(path.parent), per_step, colour)
+    _keep_spikes_out(axes)
     axes.set_xlabel(label)
     axes.set_ylabel("loss (nats per token)")
     axes.grid(alpha=0.3)
@@ -94,6 +96,14 @@ def _draw_validation(axes: Any, valid: list[dict[str, Any]], key: str, scale: fl
         markersize=4,
         label=f"{name}: validation, last {valid[-1]['valid_loss']:.3f}",
     )
+
+
+def _keep_spikes_out(axes: Any) -> None:
+    """A loss of thousands would press everything else flat: the axis ends above where the curves begin."""
+    curves = [[y for y in line.get_ydata() if math.isfinite(y)] for line in axes.lines if line.get_linestyle() == "-"]
+    top = max((curve[0] for curve in curves if curve), default=0.0)
+    if top > 0 and max(max(curve) for curve in curves if curve) > 2 * top:
+        axes.set_ylim(top=1.2 * top)
 
 
 _MARKS = {"skip": "x", "rollback": "v", "fallback": "^", "cut_lr": "D", "stop": "s"}
