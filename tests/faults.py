@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gptoughts.engine.interface import ForwardOutput, StateFragment
+from gptoughts.models.parameter_names import global_module_names
 from gptoughts.training.trainer import Callback, StepReport, Trainer
 
 
@@ -62,7 +63,7 @@ class FaultInjector(Callback):
                 if fault.kind == "loss_spike":
                     output_factor *= fault.factor
                 elif fault.rank is None or fault.rank == torch.distributed.get_rank():
-                    modules = dict(chunk.__dict__["_chunk"].named_modules())
+                    modules = global_module_names(chunk.__dict__["_chunk"])
                     if fault.module in modules:
                         handles.append(
                             modules[fault.module].register_forward_hook(_hook(fault.kind, rows), prepend=True)

@@ -118,6 +118,7 @@ def _plan_from(folder: Path, ranks: int | None, rejected: list[Verified]) -> Eme
     # A checkpoint is gone on from, as far as the run was to go, and without FP8 nothing is said of it.
     kept = {**config, "init_from": None, "train": {**config["train"], "stop_after_steps": None}}
     kept.pop("fp8", None)
+    kept.get("log", {}).pop("fp8", None)
     layout.write_atomically(run / _CONFIG, yaml.safe_dump(kept, sort_keys=False, allow_unicode=True))
     arguments = ["--config", str(run / _CONFIG), "--output_dir", str(run), "--resume", str(folder)]
     for name, value in flags.items():

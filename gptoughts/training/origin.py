@@ -104,13 +104,15 @@ def _describe(chosen: _Located, of_rank: Sequence[_Located]) -> dict[str, Any]:
         if one.finding.parameter is not None and one.finding.microbatch == finding.microbatch
     ]
     parameter = of_parameters[0].parameter if of_parameters else None
-    if finding.module is None:
+    if finding.parameter is not None:
         text = f"{finding.value} in the gradient of {finding.parameter} ({where})"
+        module = finding.parameter.rpartition(".")[0]
     else:
         text = f"{finding.value} in the gradient of the output of {finding.module} ({where})"
+        module = finding.module
         if parameter is not None:
             text += f"; the first parameter with such a gradient is {parameter}"
-    return _origin(finding.phase, text, module=finding.module, parameter=parameter, **details)
+    return _origin(finding.phase, text, module=module, parameter=parameter, **details)
 
 
 def _origin(phase: str, text: str, **details: Any) -> dict[str, Any]:

@@ -141,7 +141,7 @@ def test_the_scripts_print_what_they_would_run(failed: Path, corpus: Corpus) -> 
     done = script("emergency_training", str(failed), "--dry_run")
     assert done.returncode == 0, done.stderr
     assert shlex.split(done.stdout.splitlines()[-1])[1] == emergency.LAUNCHER
-    assert "gradients clipped at 0.5" in done.stdout
+    assert "gradients clipped at" in done.stdout
     assert "to go on: " in script("optimize_nan", str(failed)).stdout
     out = str(failed.with_name("simplified"))
     done = script("train_simplified", "debug", "2", "64", out, "false", DATA=str(corpus.prefix), DRY_RUN="1")
