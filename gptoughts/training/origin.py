@@ -106,7 +106,7 @@ def _describe(chosen: _Located, of_rank: Sequence[_Located]) -> dict[str, Any]:
     parameter = of_parameters[0].parameter if of_parameters else None
     if finding.parameter is not None:
         text = f"{finding.value} in the gradient of {finding.parameter} ({where})"
-        module = finding.parameter.rpartition(".")[0]
+        module: str | None = finding.parameter.rpartition(".")[0]
     else:
         text = f"{finding.value} in the gradient of the output of {finding.module} ({where})"
         module = finding.module
