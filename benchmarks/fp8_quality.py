@@ -2,8 +2,8 @@
 
     python -m benchmarks.fp8_quality --data data_cache/stdlib-8192/python --steps 300
 
-Every run is the launcher's own, in a process of its own, FP8 emulated. What is compared is the validation loss after the
-last step, over the same samples; the claim is that FP8's is at most 1% above (docs/fp8.md).
+Every run is the launcher's own, in a process of its own, FP8 emulated. What is compared is the validation loss after
+the last step, over the same samples; the claim is that FP8's is at most 1% above (docs/fp8.md).
 """
 
 from __future__ import annotations

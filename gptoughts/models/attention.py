@@ -36,6 +36,7 @@ from gptoughts.models.core_attention import attend_heads
 from gptoughts.models.kv_cache import LayerCache
 from gptoughts.models.norms import mark_partial_gradients
 from gptoughts.models.rotary import rotate
+from gptoughts.precision.fp8_linear import adopt
 
 
 def _refuse(given: dict[str, Any]) -> None:
@@ -152,6 +153,13 @@ class MLASelfAttention(_CoreCall, UpstreamMLASelfAttention):
 
     q = W_qb RMS(W_qa x) and [c | k_r] = W_kva x; per head, k = [W_uk RMS(c) | rope(k_r)], v = W_uv RMS(c).
     """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # megatron-core compares their class with its own (transformer/multi_latent_attention.py:410 and :455, 0.16.1).
+        for name in ("linear_q_down_proj", "linear_kv_down_proj"):
+            if hasattr(self, name):
+                adopt(getattr(self, name))
 
     def forward(  # type: ignore[override]
         self,
