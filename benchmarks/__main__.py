@@ -5,7 +5,18 @@ from __future__ import annotations
 import subprocess
 import sys
 
-ALL = ("startup", "preprocess", "model_step", "train_step", "moe_step", "masked_head", "context", "checkpoint", "plan")
+ALL = (
+    "startup",
+    "preprocess",
+    "model_step",
+    "train_step",
+    "moe_step",
+    "masked_head",
+    "context",
+    "checkpoint",
+    "plan",
+    "fp8_quality",
+)
 
 if __name__ == "__main__":
     for name in ALL:
