@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear as UpstreamColumnParallelLinear
 from megatron.core.tensor_parallel.layers import RowParallelLinear as UpstreamRowParallelLinear
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from gptoughts.precision import fp8_emulation
@@ -69,13 +69,6 @@ class ColumnParallelLinear(_Fp8Capable, UpstreamColumnParallelLinear):
 
 class RowParallelLinear(_Fp8Capable, UpstreamRowParallelLinear):
     """Divided over its inputs; see this module's head."""
-
-
-def adopt(layer: nn.Module) -> None:
-    """Make megatron-core's own column-parallel layer one of ours; nothing with any other layer."""
-    if type(layer) is UpstreamColumnParallelLinear:
-        layer.__class__ = ColumnParallelLinear
-        layer.register_module("fp8", None)
 
 
 def _fp8_product(

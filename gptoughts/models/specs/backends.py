@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear as UpstreamColumnParallelLinear
 from megatron.core.transformer.mlp import MLP
 
 from gptoughts.models.core_attention import SDPACoreAttention
@@ -40,8 +39,8 @@ def local_backend(normalization: str) -> SpecBackend:
     return SpecBackend(
         column_parallel_linear=ColumnParallelLinear,
         row_parallel_linear=RowParallelLinear,
-        # Divided over the output and gathered by the attention layer, which takes megatron-core's own class alone.
-        replicated_linear=UpstreamColumnParallelLinear,
+        # Divided over the output and gathered by the attention layer.
+        replicated_linear=ColumnParallelLinear,
         core_attention=SDPACoreAttention,
         norm=norm_class(normalization),
         # On CUDA megatron-core's MLP has a jit-fused activation.
