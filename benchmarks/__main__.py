@@ -6,17 +6,10 @@ import subprocess
 import sys
 
 ALL = (
-    "startup",
-    "preprocess",
-    "model_step",
-    "train_step",
-    "moe_step",
-    "masked_head",
-    "context",
-    "checkpoint",
-    "guard",
-    "plan",
-)
+    "startup", "preprocess", "model_step", "train_step", "moe_step", "masked_head", "context", "diffusion",
+    "checkpoint", "guard", "plan", "fp8_quality",
+)  # fmt: skip
+
 
 if __name__ == "__main__":
     for name in ALL:
