@@ -1,18 +1,10 @@
-"""How a family answers prompts: what may be asked of it, and what does it. Imports no torch."""
+"""What answers are, and what a way of answering has to offer. Imports no torch."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Generator, Mapping, Sequence
+from collections.abc import Collection, Generator, Sequence
 from dataclasses import dataclass
-from importlib import import_module
-from typing import TYPE_CHECKING, Any, Protocol
-
-from gptoughts.inference.diffusion_command import DiffusionCommand
-from gptoughts.inference.sampling_options import NextTokenCommand
-from gptoughts.models.family import Family
-
-if TYPE_CHECKING:
-    from gptoughts.inference.loading import LoadedModel
+from typing import Protocol
 
 
 @dataclass(frozen=True)
@@ -54,35 +46,3 @@ class FillingAnswerer(Answerer, Protocol):
 
     def fill(self) -> str:
         """That answer."""
-
-
-@dataclass(frozen=True)
-class Way:
-    """A way of answering."""
-
-    name: str
-    command: type[Any]
-    """Its :class:`Command`."""
-    answerer: str
-    """Dotted path of what makes an :class:`Answerer` from (loaded model, command)."""
-    prompt_field: str | None = None
-    """The field that may stand for a prompt; its answerer is a :class:`FillingAnswerer`."""
-
-    def load(self, loaded: LoadedModel, command: Any) -> Answerer:
-        """Make the answerer (torch loads here)."""
-        module, _, name = self.answerer.partition(":")
-        answerer: Answerer = getattr(import_module(module), name)(loaded, command)
-        return answerer
-
-
-NEXT_TOKEN = Way("next-token", NextTokenCommand, "gptoughts.inference.next_token_answers:NextTokenAnswerer")
-MASKED_DIFFUSION = Way(
-    "masked-diffusion", DiffusionCommand, "gptoughts.inference.diffusion_command:DiffusionAnswerer", "infill"
-)
-WAYS: Mapping[bool, Way] = {True: NEXT_TOKEN, False: MASKED_DIFFUSION}
-"""By ``Family.is_causal``."""
-
-
-def way_of(family: Family) -> Way:
-    """How a family answers."""
-    return WAYS[family.is_causal]

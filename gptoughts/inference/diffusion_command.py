@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING
 
 from gptoughts.errors import DataError
 from gptoughts.inference.animation_file import animation_problems
+from gptoughts.inference.answers import Answer
 from gptoughts.inference.diffusion_options import DiffusionOptions
 from gptoughts.inference.infill import num_masks, pieces_of, row_of, text_of, unescaped
 
 if TYPE_CHECKING:
-    from gptoughts.inference.answers import Answer
     from gptoughts.inference.diffusion import DiffusionSampler, Restored
     from gptoughts.inference.loading import LoadedModel
 
@@ -93,8 +93,6 @@ class DiffusionAnswerer:
 
     def answer_all(self, prompts: Sequence[list[int]]) -> list[Answer]:
         """Answers to prompts of tokens, each without its end. Collective: tensor-parallel group."""
-        from gptoughts.inference.answers import Answer
-
         answers = [one.answer(self.sampler.special) for one in self._restore([self._row(p) for p in prompts])]
         return [
             Answer(text_of(ids, self.tokenizer), "length" if len(ids) == self.command.max_new_tokens else "end")

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO, cast
 
 from gptoughts.errors import CheckpointError, ConfigError, DataError
-from gptoughts.inference.answers import WAYS, FillingAnswerer, way_of
+from gptoughts.inference.answers import FillingAnswerer
 from gptoughts.inference.generate_flags import build_parser, command_for
+from gptoughts.inference.ways import WAYS, way_of
 from gptoughts.models.family import Family
 from gptoughts.models.registry import FAMILIES
 

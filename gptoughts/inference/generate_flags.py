@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import docstring_parser
 
 from gptoughts.errors import ConfigError
-from gptoughts.inference.answers import Way, way_of
+from gptoughts.inference.ways import Way, way_of
 from gptoughts.models.family import Family
 
 _COMMAND_LINE = "(command line)"
