@@ -250,3 +250,21 @@ class CheckpointManager:
             if states:  # one that was divided anew has none
                 random_state.restore(states)
         return state
+
+
+def check_files_together(folder: Path) -> None:
+    """Rank 0 reads all files of a checkpoint once; every rank learns what it found.
+
+    Raises:
+        CheckpointError: on every rank: names each damaged file.
+    Collective: every rank of the world.
+    """
+    problems: list[list[str]] = [[]]
+    if dist.get_rank() == 0:
+        try:
+            layout.check_files(folder)
+        except CheckpointError as error:
+            problems = [error.problems]
+    dist.broadcast_object_list(problems, src=0)
+    if problems[0]:
+        raise CheckpointError(problems[0])
