@@ -29,8 +29,11 @@ import torch
 
 from gptoughts.data.indexed import bin_path, read_index
 from gptoughts.inference.diffusion import DiffusionSampler, build_sampler, continuation
+from gptoughts.inference.diffusion_likelihood import LikelihoodOptions
 from gptoughts.inference.diffusion_options import DiffusionOptions
-from gptoughts.inference.loading import load_model
+from gptoughts.inference.likelihood import build_scorer
+from gptoughts.inference.likelihood_scorer import Request
+from gptoughts.inference.loading import LoadedModel, load_model
 from gptoughts.parallel import groups
 from gptoughts.platform import device
 
@@ -89,21 +92,6 @@ def prompts_of(data: str, count: int, prompt_tokens: int) -> list[list[int]]:
     return [tokens[start : start + prompt_tokens].astype(np.int64).tolist() for start in starts]
 
 
-@torch.no_grad()
-def chain_rule(sampler: DiffusionSampler, prompt: list[int], answer: list[int], *, rows: int = 16) -> float:
-    """log p(answer | prompt) in nats."""
-    whole = torch.tensor([*prompt, *answer], device=device.current_device())
-    positions = torch.arange(len(prompt), len(whole), device=whole.device)
-    total = 0.0
-    for chunk in positions.split(rows):
-        is_masked = torch.arange(len(whole), device=whole.device) >= chunk[:, None]
-        inputs = whole.expand(len(chunk), -1).masked_fill(is_masked, sampler.special.mask)
-        selected = torch.arange(len(chunk), device=whole.device) * len(whole) + chunk - int(sampler.is_shifted)
-        logits = sampler.model(inputs, None, None, selected_positions=selected)[:, : sampler.vocab_size]
-        total += float(logits.float().log_softmax(-1).gather(1, whole[chunk, None]).sum())
-    return total
-
-
 def compare(sampler: DiffusionSampler, found: dict[str, Contestant], prompts: list[list[int]]) -> None:
     """Let every contestant continue every prompt."""
     for contestant in found.values():
@@ -123,8 +111,10 @@ def compare(sampler: DiffusionSampler, found: dict[str, Contestant], prompts: li
             contestant.answers.append(restored.tokens[len(prompt) :])
 
 
-def report(sampler: DiffusionSampler, found: dict[str, Contestant], prompts: list[list[int]]) -> None:
+def report(loaded: LoadedModel, found: dict[str, Contestant], prompts: list[list[int]]) -> None:
     """Print one JSON line per contestant."""
+    chain_rule = LikelihoodOptions("chain_rule")
+    scorer = build_scorer(loaded.model, loaded.config, batch_size=8, diffusion=chain_rule, checks_greedy=False)
     published = found[PUBLISHED]
     expected = 0.0
     for name, contestant in found.items():
@@ -134,8 +124,8 @@ def report(sampler: DiffusionSampler, found: dict[str, Contestant], prompts: lis
             for one, other in zip(contestant.answers, published.answers, strict=True)
             for a, b in zip(one, other, strict=True)
         )
-        pairs = zip(prompts, contestant.answers, strict=True)
-        likelihood = sum(chain_rule(sampler, prompt, answer) for prompt, answer in pairs)
+        requests = [Request(prompt, answer) for prompt, answer in zip(prompts, contestant.answers, strict=True)]
+        likelihood = sum(scored.log_likelihood for scored in scorer.score(requests))
         expected = likelihood if name == PUBLISHED else expected
         line = {
             "sampler": name,
@@ -176,13 +166,13 @@ def main() -> None:
             options.prompt_tokens + options.new_tokens,
             Path(folder),
         )
-        sampler = build_sampler(load_model(checkpoint))
+        loaded = load_model(checkpoint)
     found = contestants(options.new_tokens, options.block_length, options.threshold, options.factor)
     if options.samplers:
         found = {name: one for name, one in found.items() if name == PUBLISHED or name in options.samplers}
     prompts = prompts_of(options.data, options.prompts, options.prompt_tokens)
-    compare(sampler, found, prompts)
-    report(sampler, found, prompts)
+    compare(build_sampler(loaded), found, prompts)
+    report(loaded, found, prompts)
     groups.destroy()
 
 
