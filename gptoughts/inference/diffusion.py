@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from gptoughts.errors import DataError
+from gptoughts.errors import ConfigError, DataError
 from gptoughts.inference.denoiser import Denoiser, Rows
 from gptoughts.inference.diffusion_options import DiffusionOptions
 from gptoughts.inference.loading import LoadedModel
@@ -116,6 +116,15 @@ class DiffusionSampler:
             )
         return found
 
+    def option_problems(self, options: DiffusionOptions) -> list[str]:
+        """Options about tokens that the model has not, one line each."""
+        found = []
+        if options.suppress_eos and self.special.eos is None:
+            found.append("suppress_eos=True: the model has no end-of-text token")
+        if options.defer_ends and not self.special.ends():
+            found.append("defer_ends=True: the model has neither an end-of-text nor an end-of-turn token")
+        return found
+
     def restore(
         self,
         rows: Sequence[Sequence[int]],
@@ -133,6 +142,7 @@ class DiffusionSampler:
             on_step: Called after each step with what it restored.
 
         Raises:
+            ConfigError: the options cannot be, or not for so many masks; says all that is wrong.
             DataError: a row cannot be restored; says all that is wrong.
         Collective: tensor-parallel group, whose ranks pass the same arguments.
         """
@@ -147,10 +157,14 @@ class DiffusionSampler:
         self, rows: Sequence[Sequence[int]], options: DiffusionOptions, *, seeds: Sequence[int] | None = None
     ) -> Restoration:
         """The same, step by step; arguments and errors as of :meth:`restore`."""
+        counts = sorted({list(row).count(self.special.mask) for row in rows})
+        wrong = self.option_problems(options) + [problem for count in counts for problem in options.problems(count)]
+        if wrong:
+            raise ConfigError(list(dict.fromkeys(wrong)))
         problems = [problem for i, row in enumerate(rows) for problem in self.problems(row, f"row {i}")]
         if problems:
             raise DataError(problems)
-        return Restoration(self, rows, options, seeds or [options.seed] * len(rows))
+        return Restoration(self, rows, options, [options.seed] * len(rows) if seeds is None else seeds)
 
 
 def build_sampler(loaded: LoadedModel) -> DiffusionSampler:
@@ -189,6 +203,7 @@ class Restoration:
         options: DiffusionOptions,
         seeds: Sequence[int],
     ) -> None:
+        assert len(seeds) == len(rows), "a seed for each row"
         self.options, self.special = options, sampler.special
         device = next(sampler.model.parameters()).device
         self.tokens, self.lengths = _padded(rows, device)

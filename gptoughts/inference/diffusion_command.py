@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gptoughts.errors import DataError
+from gptoughts.errors import ConfigError, DataError
 from gptoughts.inference.animation_file import animation_problems
 from gptoughts.inference.answers import Answer
 from gptoughts.inference.diffusion_options import DiffusionOptions
@@ -81,6 +81,7 @@ class DiffusionAnswerer:
         command: What was asked for.
 
     Raises:
+        ConfigError: what was asked for is about ends that the model has not.
         DataError: its tokenizer has no mask token.
     """
 
@@ -90,6 +91,8 @@ class DiffusionAnswerer:
         self.tokenizer = loaded.tokenizer
         self.sampler: DiffusionSampler = build_sampler(loaded)
         self.command = command
+        if problems := self.sampler.option_problems(command):
+            raise ConfigError([f"{problem} (command line)" for problem in problems])
 
     def problems(self, prompts: Sequence[list[int]]) -> list[str]:
         """Prompts that the model's context has no room for, or that have masks of their own."""
