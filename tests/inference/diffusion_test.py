@@ -274,9 +274,9 @@ def restored_on_this_rank(tensor: int, kind: str, options: DiffusionOptions) -> 
     return sampler_of(model).restore(RAGGED, options, seeds=[1, 2, 3, 4, 5])
 
 
-@pytest.mark.parametrize("kind", ["gqa", "mla"])
+@pytest.mark.parametrize("kind", ["gqa", "mla", "moe"])
 def test_tensor_parallel_ranks_restore_what_one_rank_does(kind: str) -> None:
-    options = DiffusionOptions(block_length=8, temperature=0.5, threshold=0.3, stop_at_end=False)
+    options = DiffusionOptions(block_length=8, temperature=0.5, threshold=0.3, cache="dual", stop_at_end=False)
     (alone,) = run_distributed(restored_on_this_rank, 1, 1, kind, options)
     first, second = run_distributed(restored_on_this_rank, 2, 2, kind, options)
     assert first == second == alone
