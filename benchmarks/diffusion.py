@@ -10,7 +10,7 @@ model by the chain rule (SMDM, arXiv:2410.18514, section 2: token i with those b
 masked), in nats per token, with its relative difference.
 
 Without ``--checkpoint`` a model is trained first: a next-token model of the shape, and from it (``--init_from``) a
-diffusion model, each for so many steps, on the default corpus (``make corpus``).
+diffusion model, each for so many steps, on the default corpus (``make corpus``; made where it is not there).
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import argparse
 import json
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import time
 from dataclasses import dataclass, field
@@ -27,6 +28,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from gptoughts.data import preprocess, train_tokenizer
 from gptoughts.data.indexed import bin_path, read_index
 from gptoughts.inference.diffusion import DiffusionSampler, build_sampler, continuation
 from gptoughts.inference.diffusion_likelihood import LikelihoodOptions
@@ -65,6 +67,21 @@ def contestants(new_tokens: int, block_length: int, threshold: float, factor: fl
         name: Contestant(DiffusionOptions(new_tokens, block_length, stop_at_end=False, **changes))  # type: ignore[arg-type]
         for name, changes in made.items()
     }
+
+
+def default_corpus(folder: Path) -> str:
+    """The Makefile's corpus, or, where it has not been made, one of the same files in a folder."""
+    made = ROOT / "data_cache" / "stdlib-8192" / "python"
+    if Path(f"{made}_valid.idx").is_file():
+        return str(made)
+    sources = ["--input", sysconfig.get_paths()["stdlib"], "--suffix", ".py"]
+    train_tokenizer.main([*sources, "--vocab_size", "8192", "--output", str(folder / "tokenizer")])
+    prefix = str(folder / "python")
+    preprocess.main(
+        [*sources, "--tokenizer", str(folder / "tokenizer"), "--output_prefix", prefix, "--append_eod",
+         "--validation_fraction", "0.01"]
+    )  # fmt: skip
+    return prefix
 
 
 def train(data: str, size: str, steps: tuple[int, int], block_size: int, folder: Path) -> Path:
@@ -146,7 +163,7 @@ def main() -> None:
     """Print one JSON line per sampler."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, help="a run or checkpoint of llada; unset: one is trained")
-    parser.add_argument("--data", default="data_cache/stdlib-8192/python", help="indexed corpus with a _valid split")
+    parser.add_argument("--data", help="indexed corpus with PREFIX_valid beside it; unset: the default corpus")
     parser.add_argument("--size", default="small", help="preset of the model that is trained")
     parser.add_argument(
         "--train_steps", type=int, nargs=2, default=(60, 60), metavar=("GPT", "LLADA"), help="of the two models"
@@ -166,18 +183,16 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory() as folder:
+        data = options.data or default_corpus(Path(folder))
+        context_tokens = options.prompt_tokens + options.new_tokens
         checkpoint = options.checkpoint or train(
-            options.data,
-            options.size,
-            tuple(options.train_steps),
-            options.prompt_tokens + options.new_tokens,
-            Path(folder),
+            data, options.size, tuple(options.train_steps), context_tokens, Path(folder)
         )
         loaded = load_model(checkpoint)
+        prompts = prompts_of(data, options.prompts, options.prompt_tokens)
     found = contestants(options.new_tokens, options.block_length, options.threshold, options.factor)
     if options.samplers:
         found = {name: one for name, one in found.items() if name == PUBLISHED or name in options.samplers}
-    prompts = prompts_of(options.data, options.prompts, options.prompt_tokens)
     compare(build_sampler(loaded), found, prompts)
     report(loaded, found, prompts, with_likelihood=not options.skip_likelihood)
     groups.destroy()
