@@ -10,6 +10,7 @@ c latent rank (q_lora_rank or kv_lora_rank), d rotary size.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from megatron.core.transformer.multi_latent_attention import MLASelfAttentionSub
 from torch import Tensor
 
 from gptoughts.models.norms import mark_partial_gradients
+from gptoughts.models.recompute import RemadeOutputs, recomputes, run_again
 from gptoughts.models.rotary import rotate
 
 
@@ -38,7 +40,7 @@ def _refuse(given: dict[str, Any]) -> None:
 
 
 class _CoreCall:
-    """What both layers share: recomputation of the core attention, and packing."""
+    """What both layers share: the core attention's call, and packing."""
 
     def _core(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, packed: PackedSeqParams | None
@@ -48,12 +50,12 @@ class _CoreCall:
         mask_type = self.attn_mask_type  # type: ignore[attr-defined]
         if mask is not None and mask_type is AttnMaskType.no_mask:
             mask_type = AttnMaskType.arbitrary  # Transformer Engine ignores a mask under no_mask
-        if self.checkpoint_core_attention and self.training:  # type: ignore[attr-defined]
-            attend = self._checkpointed_attention_forward  # type: ignore[attr-defined]
-        else:
-            attend = self.core_attention  # type: ignore[attr-defined]
+        attend = self.core_attention  # type: ignore[attr-defined]
         out = attend(query, key, value, mask, attn_mask_type=mask_type, packed_seq_params=packed)
         return out.reshape(out.size(0), 1, -1) if packed is not None else out
+
+    def _is_recomputed(self, module: str) -> bool:
+        return self.training and recomputes(self.config, module)  # type: ignore[attr-defined]
 
 
 class SelfAttention(_CoreCall, UpstreamSelfAttention):
@@ -90,14 +92,25 @@ class SelfAttention(_CoreCall, UpstreamSelfAttention):
         Collective: tensor-parallel group.
         """
         _refuse(upstream_options)
-        query, key, value = self._split_heads(self.linear_qkv(hidden_states)[0])
+
+        def attend(mixed: Tensor, table: Tensor | None) -> Tensor:
+            return self._core(*self._heads(mixed, table), attention_mask, packed_seq_params)
+
+        mixed, _ = self.linear_qkv(hidden_states)
+        if self._is_recomputed("core_attn"):
+            return self.linear_proj(run_again(self.config, attend, mixed, rotary_pos_emb))
+        return self.linear_proj(attend(mixed, rotary_pos_emb))
+
+    def _heads(self, mixed: Tensor, table: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Normed and turned heads, from the projection."""
+        query, key, value = self._split_heads(mixed)
         if self.q_layernorm is not None:
             query = self.q_layernorm(query)
         if self.k_layernorm is not None:
             key = self.k_layernorm(key)
-        if rotary_pos_emb is not None:
-            query, key = rotate(query, rotary_pos_emb), rotate(key, rotary_pos_emb)
-        return self.linear_proj(self._core(query, key, value, attention_mask, packed_seq_params))
+        if table is not None:
+            query, key = rotate(query, table), rotate(key, table)
+        return query, key, value
 
     def _split_heads(self, mixed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[s, b, ng * (np/ng + 2) * hn] to [s, b, np, hn], [s, b, ng, hn], [s, b, ng, hn]; views but for grouped q."""
@@ -130,9 +143,34 @@ class MLASelfAttention(_CoreCall, UpstreamMLASelfAttention):
         """
         _refuse(upstream_options)
         assert rotary_pos_emb is not None, "latent attention has no position but the rotary part's"
-        query = self._query(hidden_states, rotary_pos_emb)
-        key, value = self._key_value(hidden_states, rotary_pos_emb)
-        return self.linear_proj(self._core(query, key, value, attention_mask, packed_seq_params))
+
+        def core(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            return self._core(query, key, value, attention_mask, packed_seq_params)
+
+        table = rotary_pos_emb
+        query_latent = self._query_latent(hidden_states)
+        latent, shared = self._key_value_latent(hidden_states)
+        has_core, has_projections = self._is_recomputed("core_attn"), self._is_recomputed("mla_up_proj")
+        if has_core and has_projections:
+
+            def attend(query_latent: Tensor, latent: Tensor, shared: Tensor, table: Tensor) -> Tensor:
+                query = self._query(self._projected_query(query_latent), table)
+                return core(query, *self._key_value(self._projected_key_value(latent), shared, table))
+
+            out = run_again(self.config, attend, query_latent, latent, shared, table)
+        elif has_core:
+
+            def attend_to_projected(query: Tensor, expanded: Tensor, shared: Tensor, table: Tensor) -> Tensor:
+                return core(self._query(query, table), *self._key_value(expanded, shared, table))
+
+            projected = self._projected_query(query_latent), self._projected_key_value(latent)
+            out = run_again(self.config, attend_to_projected, *projected, shared, table)
+        else:
+            query = self._query(self._projected_query(query_latent), table)
+            key, value = self._key_value(self._projected_key_value(latent), shared, table)
+            with self._remade_projections(query_latent, latent, shared, table, (query, key, value), has_projections):
+                out = core(query, key, value)
+        return self.linear_proj(out)
 
     def _resolve_qk_norm_config(self, submodules: MLASelfAttentionSubmodules) -> dict[str, Any]:
         """The spec as it is, for megatron-core 0.19.
@@ -143,19 +181,15 @@ class MLASelfAttention(_CoreCall, UpstreamMLASelfAttention):
         names = ("linear_q_proj", "linear_q_up_proj", "linear_kv_up_proj", "q_layernorm", "kv_layernorm")
         return {name: getattr(submodules, name) for name in names}
 
-    def _query(self, hidden_states: Tensor, table: Tensor) -> Tensor:
-        """[s, b, h] to [s, b, np, qk_head_dim + d]."""
+    def _query_latent(self, hidden_states: Tensor) -> Tensor:
+        """[s, b, c] of this rank's part of the sequence; the hidden states where queries have no latent."""
         if self.config.q_lora_rank is None:
-            query, _ = self.linear_q_proj(hidden_states)
-        else:
-            latent, _ = self.linear_q_down_proj(hidden_states)
-            query, _ = self.linear_q_up_proj(self.q_layernorm(self._whole_latent(latent, self.config.q_lora_rank)))
-        heads = query.view(*query.shape[:2], self.num_attention_heads_per_partition, self.q_head_dim)
-        plain, turned = heads.split([self.config.qk_head_dim, self.config.qk_pos_emb_head_dim], dim=-1)
-        return torch.cat((plain, rotate(turned, table)), dim=-1)
+            return hidden_states
+        latent, _ = self.linear_q_down_proj(hidden_states)
+        return self._whole_latent(latent, self.config.q_lora_rank)
 
-    def _key_value(self, hidden_states: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
-        """[s, b, h] to [s, b, np, qk_head_dim + d] and [s, b, np, v_head_dim]."""
+    def _key_value_latent(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        """[s, b, c] of this rank's part of the sequence, and the shared key's rotary part [s, b, d], s whole."""
         config = self.config
         sizes = [config.kv_lora_rank, config.qk_pos_emb_head_dim]
         combined, _ = self.linear_kv_down_proj(hidden_states)
@@ -171,13 +205,53 @@ class MLASelfAttention(_CoreCall, UpstreamMLASelfAttention):
             # Each rank's gradient of the shared rotary key comes from its own heads: sum it. megatron-core does not
             # (transformer/multi_latent_attention.py:585, 0.16.1), so its gradients with tensor parallelism are off.
             shared = copy_to_tensor_model_parallel_region(shared)
-        expanded, _ = self.linear_kv_up_proj(self.kv_layernorm(latent))
-        heads = expanded.view(
-            *expanded.shape[:2], self.num_attention_heads_per_partition, config.qk_head_dim + config.v_head_dim
-        )
+        return latent, shared
+
+    def _projected_query(self, latent: Tensor) -> Tensor:
+        """[s, b, np * (qk_head_dim + d)] of what :meth:`_query_latent` gives."""
+        if self.config.q_lora_rank is None:
+            return self.linear_q_proj(latent)[0]
+        return self.linear_q_up_proj(self.q_layernorm(latent))[0]
+
+    def _query(self, projected: Tensor, table: Tensor) -> Tensor:
+        """[s, b, np, qk_head_dim + d], turned."""
+        heads = projected.view(*projected.shape[:2], self.num_attention_heads_per_partition, self.q_head_dim)
+        plain, turned = heads.split([self.config.qk_head_dim, self.config.qk_pos_emb_head_dim], dim=-1)
+        return torch.cat((plain, rotate(turned, table)), dim=-1)
+
+    def _projected_key_value(self, latent: Tensor) -> Tensor:
+        """[s, b, np * (qk_head_dim + v_head_dim)]."""
+        return self.linear_kv_up_proj(self.kv_layernorm(latent))[0]
+
+    def _key_value(self, projected: Tensor, shared: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
+        """[s, b, np, qk_head_dim + d], turned, and [s, b, np, v_head_dim]."""
+        config, num_heads = self.config, self.num_attention_heads_per_partition
+        heads = projected.view(*projected.shape[:2], num_heads, config.qk_head_dim + config.v_head_dim)
         plain, value = heads.split([config.qk_head_dim, config.v_head_dim], dim=-1)
-        turned = rotate(shared.unsqueeze(2), table).expand(-1, -1, plain.size(2), -1)
+        turned = rotate(shared.unsqueeze(2), table).expand(-1, -1, num_heads, -1)
         return torch.cat((plain, turned), dim=-1), value
+
+    def _remade_projections(
+        self,
+        query_latent: Tensor,
+        latent: Tensor,
+        shared: Tensor,
+        table: Tensor,
+        heads: tuple[Tensor, Tensor, Tensor],
+        is_wanted: bool,
+    ) -> AbstractContextManager[None]:
+        """Inside, nothing keeps keys and values, nor queries that have a latent."""
+        if not (is_wanted and torch.is_grad_enabled()):
+            return nullcontext()
+        # Queries without one are made of the hidden states, which a remade norm does not keep.
+        has_query_latent = self.config.q_lora_rank is not None
+        kept = query_latent if has_query_latent else None
+
+        def remake() -> list[Tensor]:
+            query = [] if kept is None else [self._query(self._projected_query(kept), table)]
+            return [*query, *self._key_value(self._projected_key_value(latent), shared, table)]
+
+        return RemadeOutputs(heads if has_query_latent else heads[1:], remake).kept_by_nobody()
 
     def _whole_latent(self, latent: Tensor, size: int) -> Tensor:
         """The whole latent of this rank's part of the sequence, from a column-parallel or a replicated projection."""

@@ -25,6 +25,7 @@ from torch.nn import Parameter
 from gptoughts.config.experiment import ExperimentConfig
 from gptoughts.models.construction import ConstructionContext
 from gptoughts.models.cross_entropy import cross_entropy
+from gptoughts.models.decoder_layer import recompute_whole_layers
 from gptoughts.models.initialization import Gathered, initialize_parameters, keep_as_is
 from gptoughts.models.multi_token_prediction import MultiTokenInputs, MultiTokenPrediction
 from gptoughts.models.rotary import rotary_table
@@ -89,6 +90,7 @@ class LanguageModel(GPTModel):
             position_embedding_type="none",
             vp_stage=vp_stage,
         )
+        recompute_whole_layers(self.decoder)
         self.rotary_dim = rotary_dim
         self.rotary_base = rotary_base
         self.rotary_frequencies = rotary_frequencies

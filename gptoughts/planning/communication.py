@@ -30,7 +30,7 @@ from gptoughts.config.experiment import ExperimentConfig
 from gptoughts.config.pipeline import stage_layers
 from gptoughts.models.expert_shape import ExpertFields
 from gptoughts.models.mla.config import MLAConfig
-from gptoughts.planning.activations import Microbatch, microbatch
+from gptoughts.planning.layers import Microbatch, microbatch
 from gptoughts.planning.memory import Division
 from gptoughts.planning.zero import ZeroSettings
 

@@ -12,8 +12,8 @@ from gptoughts.models.flops import flops_per_token
 from gptoughts.models.gpt.config import GPTConfig
 from gptoughts.models.mla.config import MLAConfig
 from gptoughts.models.registry import FAMILIES
-from gptoughts.planning.activations import Microbatch
 from gptoughts.planning.communication import Links, data_bytes, expert_bytes, pipeline_bytes, step_traffic, tensor_bytes
+from gptoughts.planning.layers import Microbatch
 from gptoughts.planning.memory import Division
 from gptoughts.planning.throughput import Machine, stage_flops_per_token, step_time
 from gptoughts.planning.zero import ZeroSettings
