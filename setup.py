@@ -22,6 +22,7 @@ setup(
         "PyYAML",
         "rich",
         "matplotlib",
+        "pillow",
         "ninja",
         "psutil",
         "zstandard",

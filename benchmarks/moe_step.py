@@ -24,6 +24,7 @@ from benchmarks.model_step import Step, fused_adamw
 from benchmarks.turns import Contestant, median_ratio, take_turns
 from gptoughts.config.experiment import ExperimentConfig
 from gptoughts.models.deepseek.presets import DEEPSEEK_PRESETS
+from gptoughts.models.expert_load import finish_step
 from gptoughts.platform import device
 
 SHAPE = DEEPSEEK_PRESETS["debug"].model
@@ -41,7 +42,7 @@ def our_step(dtype: torch.dtype) -> Step:
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        model.after_step(is_applied=True)
+        finish_step([model], is_applied=True)
         return loss.item()
 
     return step

@@ -110,6 +110,12 @@ def _module_problems(config: ExperimentConfig, sources: Mapping[str, str]) -> li
         elif name not in known:
             guess = did_you_mean(name, known)
             problems.append(f"{is_name}: no part of this model's layers{guess}; allowed: {', '.join(known)}")
+    if "mla_up_proj" in given and "core_attn" not in given and config.parallel.context > 1:
+        problems.append(
+            f"parallel.recompute_modules=mla_up_proj ({source}): with parallel.context={config.parallel.context} "
+            f"({sources['parallel.context']}) attention keeps what ranks have sent, not what the projections make; "
+            "name core_attn as well"
+        )
     if "moe" in given and "shared_experts" in given:
         problems.append(f"parallel.recompute_modules=shared_experts ({source}): moe holds them already; leave one out")
     return problems

@@ -26,8 +26,6 @@ def validate(config: ExperimentConfig, sources: Mapping[str, str], *, world_size
             f"init_from={config.init_from} ({sources['init_from']}) contradicts resume={config.resume} "
             f"({sources['resume']}); a run either starts from weights or goes on from a checkpoint"
         )
-    if config.use_fp8:
-        problems.append(f"use_fp8=true ({sources['use_fp8']}): FP8 is not built in this version; allowed: false")
     return problems, data_parallel_size
 
 
@@ -42,13 +40,13 @@ def _model_problems(config: ExperimentConfig, sources: Mapping[str, str]) -> lis
 
 _AT_LEAST_ONE = (
     "block_size", "parallel.tensor", "parallel.pipeline", "parallel.virtual_pipeline", "parallel.expert",
-    "parallel.recompute_num_layers",
-    "log.interval_steps", "train.steps",
+    "parallel.context", "parallel.recompute_num_layers", "log.interval_steps", "train.steps", "fp8.amax_history_len",
 )  # fmt: skip
 _POSITIVE = ("parallel.timeout_seconds", "optim.lr", "optim.eps")
 _NOT_NEGATIVE = (
     "grad_clip", "data.prefetch_steps", "optim.warmup_steps", "optim.weight_decay", "train.valid_interval_steps",
     "checkpoint.interval_steps", "checkpoint.keep_last", "parallel.heartbeat_seconds",
+    "fp8.margin",
 )  # fmt: skip
 _FRACTIONS = ("optim.min_lr_fraction", "optim.decay_fraction")
 _BELOW_ONE = ("optim.beta1", "optim.beta2")
@@ -97,8 +95,8 @@ def _parallel_problems(
     config: ExperimentConfig, sources: Mapping[str, str], world_size: int, *, is_model_sound: bool
 ) -> tuple[list[str], int]:
     problems: list[str] = []
-    tensor, pipeline = config.parallel.tensor, config.parallel.pipeline
-    if tensor < 1 or pipeline < 1:
+    tensor, pipeline, context = config.parallel.tensor, config.parallel.pipeline, config.parallel.context
+    if min(tensor, pipeline, context) < 1:
         return problems, 1
     tensor_is = f"parallel.tensor={tensor} ({sources['parallel.tensor']})"
     divisors = config.model.tensor_parallel_divisors() if is_model_sound else {}
@@ -109,10 +107,14 @@ def _parallel_problems(
                 f"{tensor_is}: {name}={count} is not divisible by {tensor}; allowed: {', '.join(map(str, allowed))}"
             )
     problems += pipeline_problems(config, sources)
-    if world_size % tensor == 0 and world_size % (tensor * pipeline):
+    model_ranks = tensor * pipeline * context
+    context_is = f"parallel.context={context} ({sources['parallel.context']})"
+    if world_size % tensor == 0 and world_size % model_ranks:
+        product = f"{tensor_is} x parallel.pipeline={pipeline} ({sources['parallel.pipeline']})"
+        product += f" x {context_is}" if context > 1 else ""
         problems.append(
-            f"{tensor_is} x parallel.pipeline={pipeline} ({sources['parallel.pipeline']}): the world size {world_size} "
-            f"is not divisible by {tensor * pipeline}; start a multiple of {tensor * pipeline} ranks"
+            f"{product}: the world size {world_size} is not divisible by {model_ranks}; start a multiple of "
+            f"{model_ranks} ranks"
         )
     if world_size % tensor:
         fitting = [n for n in allowed if world_size % n == 0]
@@ -124,11 +126,32 @@ def _parallel_problems(
         sequence_is = f"parallel.sequence=true ({sources['parallel.sequence']})"
         if tensor == 1:
             problems.append(f"{sequence_is}: shards over tensor-parallel ranks; needs parallel.tensor of 2 or more")
-        elif (config.block_size or 0) % tensor:
+        elif context == 1 and (config.block_size or 0) % tensor:
             problems.append(f"{sequence_is}: block_size={config.block_size} is not divisible by {tensor_is}")
-    data_parallel_size = max(1, world_size // (tensor * pipeline))
+    if context > 1:
+        problems += [f"{context_is}: {problem}" for problem in _context_problems(config, is_model_sound=is_model_sound)]
+    data_parallel_size = max(1, world_size // model_ranks)
     problems += _expert_problems(config, sources, data_parallel_size, is_model_sound=is_model_sound)
     return problems, data_parallel_size
+
+
+def _context_problems(config: ExperimentConfig, *, is_model_sound: bool) -> list[str]:
+    """Whatever forbids sequences divided over ``parallel.context`` ranks."""
+    parallel, heads, length = config.parallel, config.model.num_attention_heads, config.block_size or 0
+    context, tensor, problems = parallel.context, parallel.tensor, []
+    if is_model_sound and heads % tensor == 0 and heads // tensor % context:
+        on_rank = heads // tensor
+        divided = f"num_attention_heads={heads}"
+        divided += f" / parallel.tensor={tensor}" if tensor > 1 else ""
+        allowed = ", ".join(str(n) for n in range(1, on_rank + 1) if on_rank % n == 0)
+        problems.append(
+            f"{divided} is not divisible by it: in attention each of these ranks has whole heads; allowed: {allowed}"
+        )
+    if parallel.sequence and tensor > 1 and length % (context * tensor):
+        problems.append(f"block_size={length} is not divisible by {context} x parallel.tensor={tensor} (sequence)")
+    elif length % context:
+        problems.append(f"block_size={length} is not divisible by it")
+    return problems
 
 
 def _expert_problems(
@@ -148,7 +171,9 @@ def _expert_problems(
                     f"{expert_is}: pipeline stage {stage} would have no layer with experts, and all stages have to sum "
                     "the same gradient norms; give it one with --parallel.pipeline_layout, or fewer stages"
                 ]
-    counts = {**divisors, "the number of data-parallel ranks": data_parallel_size}
+    context = config.parallel.context
+    kind = "data-parallel" if context == 1 else "data- and context-parallel"
+    counts = {**divisors, f"the number of {kind} ranks": data_parallel_size * context}
     allowed = [n for n in range(1, min(counts.values()) + 1) if all(count % n == 0 for count in counts.values())]
     return [
         f"{expert_is}: {name}={count} is not divisible by {expert}; allowed: {', '.join(map(str, allowed))}"

@@ -6,7 +6,9 @@ denominators are known before the first forward, so one all-reduce gives the glo
     loss_sum · num_microbatches · data_parallel_size / global_denominator;
 
 megatron-core's mean over microbatches and DeepSpeed's mean over ranks then give the exact global mean, however unequal
-the microbatches are.
+the microbatches are. Context-parallel ranks have the loss_sum of their part of the sequences, and DeepSpeed's mean is
+over them, too; megatron-core multiplies losses by their number (pipeline_parallel/schedules.py:268, 0.16.1; line 340 of
+0.19.2), and those of balance with them.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from gptoughts.engine.interface import (
     AfterStep,
     ForwardOutput,
     ForwardStep,
+    InitialOfBuffer,
     Microbatch,
     NamedBuffers,
     StateFragment,
@@ -95,6 +98,7 @@ class TrainEngine:
         parameter_names: Global name to parameter, each parameter once; the frozen ones may be left out.
         seq_length: Tokens per sequence, for what pipeline stages exchange.
         named_buffers: What a checkpoint holds beyond parameters.
+        initial_of_buffer: Which of these a checkpoint may lack, and what they are then.
         after_step: Called after every update, applied or not.
         shared_embedding_weight: The embedding matrix where two pipeline stages use it: the parameter on the first one,
             a leaf tensor on the last one (``parallel.shared_embedding``).
@@ -111,6 +115,7 @@ class TrainEngine:
         parameter_names: Mapping[str, nn.Parameter],
         seq_length: int = 1,
         named_buffers: NamedBuffers = dict,
+        initial_of_buffer: InitialOfBuffer = lambda _: None,
         after_step: AfterStep | None = None,
         shared_embedding_weight: Tensor | None = None,
     ) -> None:
@@ -133,7 +138,7 @@ class TrainEngine:
         for chunk in self.chunks:
             config: Any = chunk.config
             config.grad_scale_func = self._scale_loss if self._is_fp16 else None
-        self._state = state.TrainingState(self.deepspeed, self._parameters, named_buffers)
+        self._state = state.TrainingState(self.deepspeed, self._parameters, named_buffers, initial_of_buffer)
         self._refresh_shared_embedding()
 
     @property

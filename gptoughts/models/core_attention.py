@@ -38,7 +38,7 @@ class SDPACoreAttention(MegatronModule):
         softmax_scale: Overrides 1/sqrt(k_channels).
         k_channels: Size of a query/key head; unset: kv_channels.
         v_channels: Size of a value head; unset: kv_channels.
-        cp_comm_type: Context parallelism's exchange; must be unset.
+        cp_comm_type: megatron-core's choice for context parallelism; must be unset (``models.context_attention``).
         pg_collection: Process groups, unused: heads are already this rank's.
 
     Raises:
@@ -62,8 +62,8 @@ class SDPACoreAttention(MegatronModule):
         super().__init__(config=config)
         if config.context_parallel_size != 1 or cp_comm_type not in (None, "p2p"):
             raise ValueError(
-                f"context_parallel_size={config.context_parallel_size}: scaled_dot_product_attention sees one rank's "
-                "part of a sequence only; must be 1"
+                f"context_parallel_size={config.context_parallel_size}: this class attends within what it is given; "
+                "models.context_attention goes around it; must be 1"
             )
         if config.window_size is not None:
             raise ValueError(f"window_size={config.window_size}: sliding windows are not supported; must be unset")
@@ -120,25 +120,53 @@ class SDPACoreAttention(MegatronModule):
         dropout = self.dropout if self.training else 0.0
         if mask is None and dropout == 0.0 and tiled_attention.supports(query, key):
             return tiled_attention.tiled_attention(query, key, value, scale=self.softmax_scale, is_causal=is_causal)
-        v_channels = value.size(-1)
-        if v_channels != query.size(-1):
-            # The fused CPU kernel wants equal head sizes (the fallback is 1.4 times slower, keeps [s, s] scores, and
-            # refuses wider values); zero columns of v give zero columns of the result, those of q and k no score.
-            width = max(v_channels, query.size(-1))
-            query, key, value = (F.pad(x, (0, width - x.size(-1))) for x in (query, key, value))
+        heads = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         # Probabilities belong to this rank's heads: their dropout differs between tensor-parallel ranks.
         with get_cuda_rng_tracker().fork() if dropout > 0.0 else nullcontext():
-            out = F.scaled_dot_product_attention(
-                query.permute(1, 2, 0, 3),
-                key.permute(1, 2, 0, 3),
-                value.permute(1, 2, 0, 3),
-                attn_mask=mask,
-                dropout_p=dropout,
-                is_causal=is_causal,
-                scale=self.softmax_scale,
-                enable_gqa=key.size(2) != query.size(2),
-            )
-        return out[..., :v_channels]
+            return attend_heads(*heads, mask=mask, is_causal=is_causal, scale=self.softmax_scale, dropout=dropout)
+
+
+def attend_heads(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    mask: Tensor | None,
+    is_causal: bool,
+    scale: float,
+    dropout: float = 0.0,
+) -> Tensor:
+    """softmax(scale q k^T + mask) v.
+
+    Args:
+        query: [b, np, s, hn].
+        key: [b, ng, keys, hn].
+        value: [b, ng, keys, hn_v].
+        mask: bool (True = look) or float to add, broadcastable to [b, np, s, keys].
+        is_causal: Each position attends to itself and what is before it; keys = s.
+        scale: Factor of the scores.
+        dropout: Fraction of the probabilities to drop.
+
+    Returns:
+        [b, np, s, hn_v].
+    """
+    v_channels = value.size(-1)
+    if v_channels != query.size(-1):
+        # The fused CPU kernel wants equal head sizes (the fallback is 1.4 times slower, keeps [s, s] scores, and
+        # refuses wider values); zero columns of v give zero columns of the result, those of q and k no score.
+        width = max(v_channels, query.size(-1))
+        query, key, value = (F.pad(x, (0, width - x.size(-1))) for x in (query, key, value))
+    out = F.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=mask,
+        dropout_p=dropout,
+        is_causal=is_causal,
+        scale=scale,
+        enable_gqa=key.size(1) != query.size(1),
+    )
+    return out[..., :v_channels]
 
 
 def _join_forbidden(first: Tensor | None, second: Tensor) -> Tensor:

@@ -45,7 +45,7 @@ def initialize_parameters(
     """Write every parameter's initial value.
 
     Args:
-        parameters: By global name (``language_model.global_parameter_names``); those on the meta device have no values.
+        parameters: By global name (``models.parameter_names``); those on the meta device have no values.
         seed: The run's seed.
         std: Standard deviation of matrices.
         num_layers: Layers of the whole model, for the residual outputs' scale.

@@ -5,10 +5,9 @@ Legend: s sequence, b microbatch, h hidden, v vocabulary on this rank.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from megatron.core.models.gpt import GPTModel
@@ -20,22 +19,21 @@ from megatron.core.tensor_parallel.mappings import (
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
-from torch.nn import Parameter
 
 from gptoughts.config.experiment import ExperimentConfig
 from gptoughts.models.construction import ConstructionContext
 from gptoughts.models.cross_entropy import cross_entropy
 from gptoughts.models.decoder_layer import recompute_whole_layers
+from gptoughts.models.fp8 import Fp8Products, prepare_fp8, switch_on_fp8
 from gptoughts.models.initialization import Gathered, initialize_parameters, keep_as_is
 from gptoughts.models.multi_token_prediction import MultiTokenInputs, MultiTokenPrediction
+from gptoughts.models.parameter_names import global_buffer_names, global_parameter_names
 from gptoughts.models.rotary import rotary_table
+from gptoughts.models.selection import own_selection
 from gptoughts.parallel import groups
+from gptoughts.parallel.context import own_part
 from gptoughts.parallel.shared_embedding import copy_of_embedding
 from gptoughts.platform import device
-
-AnyTensor = TypeVar("AnyTensor", bound=Tensor)
-
-_LAYER = re.compile(r"(?<=decoder\.layers\.)\d+(?=\.)")
 
 
 class LanguageModel(GPTModel):
@@ -100,6 +98,8 @@ class LanguageModel(GPTModel):
             self.embedding_copy = _without_parameter(self.output_layer, config.params_dtype)
         self.shares_embedding = share_embeddings_and_output_weights and pre_process != post_process
         self.mtp_num_layers = mtp_num_layers
+        self.fp8: Fp8Products | None = None
+        """Unset: no FP8."""
         if mtp_num_layers and post_process:
             assert pre_process, "multi-token prediction needs the embedding where the output layer is"
             layer, norm = block_spec.layer_specs[-1], block_spec.layer_norm
@@ -118,26 +118,29 @@ class LanguageModel(GPTModel):
         """Loss per token, logits, or on a stage without the output layer its hidden states.
 
         Args:
-            input_ids: int64 [b, s]; every stage and tensor-parallel rank gets the whole sequence.
+            input_ids: int64 [b, s]; every stage, tensor- and context-parallel rank gets the whole sequence, here and in
+                all other arguments.
             position_ids: int64 [b, s]; unset: 0 ... s-1.
             attention_mask: As in ``SDPACoreAttention.forward``; unset: what the layer spec says (causal or none).
             labels: int64 [b, s], already shifted where the objective shifts.
             packed_seq_params: Lengths of the sequences packed into one row (b = 1).
-            selected_positions: int64 [n], distinct indices into the flattened [b, s]: with labels, the output layer
-                runs at these alone, and the loss elsewhere reads 0.
+            selected_positions: int64 [n], distinct indices into the flattened [b, s]: the output layer runs at these
+                alone; with labels the loss elsewhere reads 0.
             is_padding: bool [b, s], positions that routers of experts do not count; unset: there are none.
 
         Returns:
             With labels fp32 [b, s] nats, or, where a model with multi-token prediction trains, [1 + depths, b, s], the
-            main model's first; logits [b, s, whole vocabulary] without; [s, b, h] before the last stage.
+            main model's first; without, logits [b, s, whole vocabulary], or [n, whole vocabulary] at the selected
+            positions; [s, b, h] before the last stage. With context parallelism s is this rank's part in all of them
+            (``parallel.context``).
 
-        Collective: tensor-parallel group.
+        Collective: tensor- and context-parallel group; with FP8 the amax group.
         """
         assert input_ids is not None, "every stage gets the tokens: their shape gives the positions"
-        hidden_states = self.embedding(input_ids=input_ids, position_ids=None) if self.pre_process else None
+        hidden_states = self.embed(input_ids) if self.pre_process else None
         layer_inputs = {
             "attention_mask": attention_mask,
-            "rotary_pos_emb": self._rotary_table(input_ids.size(1), position_ids),
+            "rotary_pos_emb": self.rotary_table(input_ids.size(1), position_ids),
             "packed_seq_params": packed_seq_params,
         }
         hidden_states = self.decoder(
@@ -145,14 +148,27 @@ class LanguageModel(GPTModel):
         )
         if not self.post_process:
             return hidden_states
+        if labels is None and selected_positions is not None:
+            assert groups.context_parallel_size() == 1, "whoever generates has whole sequences"
+            rows = self._selected_rows(hidden_states, selected_positions, input_ids.size(1))
+            with _given_whole_sequence(self.output_layer):
+                return self.logits(rows).squeeze(1)
         if labels is None:
-            logits, _ = self.output_layer(hidden_states, weight=self._tied_weight())
-            return gather_from_tensor_model_parallel_region(logits).transpose(0, 1)
+            return self.logits(hidden_states).transpose(0, 1)
         loss = self.token_loss(hidden_states, labels, selected_positions)
         if not self.mtp_num_layers or not self.training:
             return loss
         inputs = MultiTokenInputs(input_ids, labels, selected_positions, is_padding)
         return torch.stack([loss, *self.mtp.losses(self, hidden_states, inputs, layer_inputs)])
+
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """[s, b, h] of this rank's part of int64 [b, s]. Collective: tensor-parallel group."""
+        return self.embedding(input_ids=own_part(input_ids), position_ids=None)
+
+    def logits(self, hidden_states: Tensor) -> Tensor:
+        """[s, b, h] to [s, b, whole vocabulary]. Collective: tensor-parallel group."""
+        logits, _ = self.output_layer(hidden_states, weight=self._tied_weight())
+        return gather_from_tensor_model_parallel_region(logits)
 
     def _tied_weight(self) -> Tensor | None:
         """The output layer's matrix where it is not its own."""
@@ -161,7 +177,13 @@ class LanguageModel(GPTModel):
         return self.embedding_copy
 
     def token_loss(self, hidden_states: Tensor, labels: Tensor, selected_positions: Tensor | None) -> Tensor:
-        """fp32 [b, s] of hidden states [s, b, h]. Collective: tensor-parallel group."""
+        """fp32 [b, s] of hidden states [s, b, h], this rank's part; labels and selected positions are the whole's.
+
+        Collective: tensor-parallel group.
+        """
+        if selected_positions is not None:
+            selected_positions = own_selection(selected_positions, *labels.shape)
+        labels = own_part(labels)
         if selected_positions is not None:
             return self._selected_loss(hidden_states, labels, selected_positions, self._tied_weight())
         logits, _ = self.output_layer(hidden_states, weight=self._tied_weight())
@@ -176,15 +198,20 @@ class LanguageModel(GPTModel):
 
     def _selected_loss(self, hidden_states: Tensor, labels: Tensor, selected: Tensor, weight: Tensor | None) -> Tensor:
         """Loss [b, s] at the selected positions and 0 elsewhere, of [s, b, h] (s this rank's part, where divided)."""
-        if self.config.sequence_parallel:
-            # The output layer sums its input's gradient over the ranks, so each takes its own part of the whole.
-            hidden_states = gather_from_sequence_parallel_region(hidden_states, tensor_parallel_output_grad=False)
         b, s = labels.shape
-        rows = hidden_states.flatten(0, 1).index_select(0, selected % s * b + selected // s).unsqueeze(1)
+        rows = self._selected_rows(hidden_states, selected, s)
         with _given_whole_sequence(self.output_layer):
             logits, _ = self.output_layer(rows, weight=weight)
         loss = self.compute_language_model_loss(labels.reshape(-1)[None, selected], logits)
         return loss.new_zeros(b * s).index_copy(0, selected, loss.view(-1)).view(b, s)
+
+    def _selected_rows(self, hidden_states: Tensor, selected: Tensor, length: int) -> Tensor:
+        """[n, 1, h] at indices into the flattened [b, length], of [s, b, h] (s this rank's part, where divided)."""
+        if self.config.sequence_parallel:
+            # The output layer sums its input's gradient over the ranks, so each takes its own part of the whole.
+            hidden_states = gather_from_sequence_parallel_region(hidden_states, tensor_parallel_output_grad=False)
+        where = selected % length * hidden_states.size(1) + selected // length
+        return hidden_states.flatten(0, 1).index_select(0, where).unsqueeze(1)
 
     def shared_embedding_weight(self) -> Tensor | None:
         """The embedding matrix of a stage that shares it with another one: the parameter, or its copy."""
@@ -193,22 +220,26 @@ class LanguageModel(GPTModel):
         return self.embedding.word_embeddings.weight if self.pre_process else self.embedding_copy
 
     def own_positions(self, is_padding: Tensor | None) -> Tensor | None:
-        """This rank's part of [b, s] under sequence parallelism, the whole elsewhere."""
-        if is_padding is None or not self.config.sequence_parallel:
+        """This rank's part of [b, s] under context and sequence parallelism."""
+        if is_padding is None:
+            return None
+        is_padding = own_part(is_padding)
+        if not self.config.sequence_parallel:
             return is_padding
         return is_padding.chunk(groups.tensor_parallel_size(), dim=1)[groups.tensor_parallel_rank()]
 
-    def _rotary_table(self, length: int, position_ids: Tensor | None) -> Tensor:
+    def rotary_table(self, length: int, position_ids: Tensor | None) -> Tensor:
+        """cos and sin as the layers take them, of the given positions [b, s] below ``length``, or of all below it."""
         table = rotary_table(
             max(self.max_sequence_length, length),
             self.rotary_dim,
             self.rotary_base,
             self.config.params_dtype,
-            position_ids,
+            None if position_ids is None else own_part(position_ids),
             frequencies=self.rotary_frequencies,
             amplitude=self.rotary_amplitude,
         )
-        return table[:, :length] if position_ids is None else table
+        return own_part(table[:, :length]) if position_ids is None else table
 
 
 def _without_parameter(layer: Any, dtype: torch.dtype) -> Tensor:
@@ -227,36 +258,6 @@ def _given_whole_sequence(layer: Any) -> Iterator[None]:
         yield
     finally:
         layer.sequence_parallel = before
-
-
-def global_parameter_names(model: torch.nn.Module) -> dict[str, Parameter]:
-    """Parameters by a name that is the same in every layout: layers are numbered over the whole model.
-
-    A parameter that two modules share (tied embeddings) appears once, under its first name.
-    """
-    return _globally_named(model, model.named_parameters())
-
-
-def global_buffer_names(model: torch.nn.Module) -> dict[str, Tensor]:
-    """Buffers that belong in a checkpoint (biases of routers), by names like those of parameters."""
-    persistent = model.state_dict(keep_vars=True)
-    return _globally_named(model, ((name, buffer) for name, buffer in model.named_buffers() if name in persistent))
-
-
-def _globally_named(model: torch.nn.Module, tensors: Iterable[tuple[str, AnyTensor]]) -> dict[str, AnyTensor]:
-    first_layers = {
-        name: module.layer_number - 1  # type: ignore[union-attr,operator]
-        for name, module in model.named_modules()
-        if re.search(r"decoder\.layers\.\d+$", name)
-    }
-    names: dict[str, AnyTensor] = {}
-    for name, tensor in tensors:
-        match = _LAYER.search(name)
-        if match:
-            number = first_layers[name[: match.end()]]
-            name = f"{name[: match.start()]}{number}{name[match.end() :]}"
-        names[name] = tensor
-    return names
 
 
 def build_language_model(
@@ -287,6 +288,7 @@ def build_language_model(
     Collective: tensor-parallel group; the data-parallel group under ZeRO-3.
     """
     model = config.model
+    prepare_fp8(transformer_config, config)
     with construction_context():
         language_model = LanguageModel(
             transformer_config,
@@ -303,6 +305,7 @@ def build_language_model(
             post_process=post_process,
             vp_stage=vp_stage,
         )
+    language_model.fp8 = switch_on_fp8(language_model, config)
     initialize_parameters(
         global_parameter_names(language_model),
         seed=config.seed,

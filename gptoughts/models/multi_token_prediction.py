@@ -167,7 +167,7 @@ class MultiTokenPrediction(nn.Module):
         """
         found = []
         for depth, layer in enumerate(self.layers, start=1):
-            embedded = model.embedding(input_ids=shift_left(inputs.input_ids, depth), position_ids=None)
+            embedded = model.embed(shift_left(inputs.input_ids, depth))
             padding_mask = model.own_positions(is_without_token(inputs.input_ids, inputs.is_padding, depth))
             states = layer(states, embedded, padding_mask=padding_mask, **layer_inputs)
             selected = inputs.selected_positions

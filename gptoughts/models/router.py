@@ -15,7 +15,8 @@ all ranks. Balance within a sequence (V3, equations 17-20; V2, equations 23-25),
 
 where the best k are those of s without bias and groups (V3), or those that were chosen (V2).
 
-Legend: s sequence on this rank, b microbatch, h hidden, e experts, k topk, t = s b tokens.
+Legend: s sequence on this rank (a part under sequence and context parallelism), b microbatch, h hidden, e experts, k
+topk, t = s b tokens.
 """
 
 from __future__ import annotations
@@ -87,7 +88,8 @@ class ExpertRouter(Router):
         Returns:
             Gates, fp32 [t, k], and the experts that they belong to, int64 [t, k]; token t is (s, b) in that order.
 
-        Collective: tensor-parallel group under sequence parallelism, in training with a balance loss.
+        Collective: in training with a balance loss, the ranks that divide sequences (context-parallel ones, under
+        sequence parallelism tensor-parallel ones, too).
         """
         s, b, _ = hidden_states.shape
         logits = F.linear(hidden_states.float(), self.weight.float()).view(s * b, -1)
@@ -139,8 +141,8 @@ class ExpertRouter(Router):
         The z-loss is divided by all positions, counted (bool [s, b]) or not: a sum over them would mean something else
         in each microbatch.
         """
-        group = self.tp_group if self.config.sequence_parallel else None
-        length = s * (group.size() if group is not None else 1)
+        group = self._sequence_group()
+        length = s * group.size()
         z_coefficient = self.config.moe_z_loss_coeff or 0.0
         if z_coefficient > 0:
             squares = logits.logsumexp(dim=-1).square()
@@ -152,6 +154,10 @@ class ExpertRouter(Router):
             gates = MoEAuxLossAutoScaler.apply(gates, loss * self.config.moe_aux_loss_coeff)
         return gates
 
+    def _sequence_group(self) -> dist.ProcessGroup:
+        """The ranks that hold parts of the sequences that this one has a part of."""
+        return self.tp_cp_group if self.config.sequence_parallel else self.cp_group
+
     def _balance_loss(
         self,
         scores: Tensor,
@@ -159,10 +165,10 @@ class ExpertRouter(Router):
         s: int,
         b: int,
         length: int,
-        group: dist.ProcessGroup | None,
+        group: dist.ProcessGroup,
         is_counted: Tensor | None,
     ) -> Tensor:
-        """Mean over sequences of sum_e f_e P_e; under sequence parallelism this rank's part of it."""
+        """Mean over sequences of sum_e f_e P_e; where ranks divide sequences this rank's part of it."""
         k = chosen.size(1)
         if self.config.moe_router_score_function == "sigmoid":
             chosen = scores.detach().topk(k, dim=-1).indices
@@ -174,7 +180,7 @@ class ExpertRouter(Router):
         else:
             hits, scores = hits * is_counted.unsqueeze(-1), scores * is_counted.unsqueeze(-1)
             hits, lengths = hits.sum(0), is_counted.sum(0).to(hits).unsqueeze(-1)
-        if group is not None and group.size() > 1:
+        if group.size() > 1:
             dist.all_reduce(hits, group=group)
             if is_counted is not None:
                 dist.all_reduce(lengths, group=group)

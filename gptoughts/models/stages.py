@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from gptoughts.config.experiment import ExperimentConfig
-from gptoughts.models.language_model import LanguageModel, global_buffer_names, global_parameter_names
+from gptoughts.models.language_model import LanguageModel
+from gptoughts.models.parameter_names import global_buffer_names, global_parameter_names
 from gptoughts.parallel import groups
 
 

@@ -127,6 +127,7 @@ def _common_fields(model: ModelConfig, parallel: ParallelConfig, params_dtype: t
         "pipeline_model_parallel_size": parallel.pipeline,
         "expert_model_parallel_size": parallel.expert,
         "expert_tensor_parallel_size": parallel.tensor,
+        "context_parallel_size": parallel.context,
         "sequence_parallel": parallel.sequence,
         **_pipeline_fields(model, parallel),
         **recompute_fields(parallel),

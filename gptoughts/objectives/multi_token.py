@@ -13,7 +13,7 @@ Legend: b microbatch, s sequence, D depths.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -63,19 +63,22 @@ class MultiTokenLoss:
     scaling_factor: float
     """Factor of the mean over depths."""
 
-    def __call__(self, losses: Tensor, inputs: ModelInputs) -> tuple[Tensor, dict[str, Tensor]]:
+    def __call__(
+        self, losses: Tensor, inputs: ModelInputs, own_part: Callable[[Tensor], Tensor] = lambda x: x
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """The sum to learn from, and detached sums for the log.
 
         Args:
             losses: fp32 [D, b, s] nats, per depth and position.
-            inputs: The microbatch.
+            inputs: The microbatch, its sequences whole.
+            own_part: Of [b, whole sequence], the positions that ``losses`` has.
 
         Returns:
             fp32 scalar with gradient, to be divided by the step's denominator like the main sum; log sums by name.
         """
         sums, extras = [], {}
         for depth, of_depth in enumerate(losses.unbind(0), start=1):
-            weights = depth_weights(inputs.loss_weights, inputs.position_ids, depth)
+            weights = own_part(depth_weights(inputs.loss_weights, inputs.position_ids, depth))
             sums.append((of_depth * weights).sum())
             extras[_LOSS.format(depth)] = sums[-1].detach()
             extras[_WEIGHT.format(depth)] = weights.sum()

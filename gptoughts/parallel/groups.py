@@ -28,11 +28,12 @@ def initialize(parallel: ParallelConfig, *, seed: int) -> None:
     environment the world is this one process.
 
     Args:
-        parallel: The layout; data parallelism takes what tensor and pipeline leave of the world.
+        parallel: The layout; data parallelism takes what tensor, pipeline and context leave of the world.
         seed: The run's seed.
 
     Raises:
-        ConfigError: the world size is not divisible by tensor x pipeline, or what is left not by expert.
+        ConfigError: the world size is not divisible by tensor x pipeline x context, or what is left (context
+            included) not by expert.
         PlatformError: unsupported megatron-core, or fewer devices than ranks.
 
     Collective: every rank of the world.
@@ -43,22 +44,13 @@ def initialize(parallel: ParallelConfig, *, seed: int) -> None:
     from megatron.core import parallel_state
 
     _initialize_world(parallel.timeout_seconds)
-    model_ranks = parallel.tensor * parallel.pipeline
-    if dist.get_world_size() % model_ranks:
-        raise ConfigError(
-            f"parallel.tensor={parallel.tensor} x parallel.pipeline={parallel.pipeline}: the world size "
-            f"{dist.get_world_size()} is not divisible by {model_ranks}"
-        )
-    replicas = dist.get_world_size() // model_ranks
-    if replicas % parallel.expert:
-        raise ConfigError(
-            f"parallel.expert={parallel.expert}: the {replicas} data-parallel ranks are not divisible by it"
-        )
+    _check_divides(parallel, dist.get_world_size())
     _destroy_model_parallel()
     before = _existing_groups()
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
+        context_parallel_size=parallel.context,
         # Each expert's width is divided over the tensor-parallel ranks, as everything else is.
         expert_model_parallel_size=parallel.expert,
         expert_tensor_parallel_size=parallel.tensor,
@@ -70,11 +62,27 @@ def initialize(parallel: ParallelConfig, *, seed: int) -> None:
     seed_ranks(seed)
 
 
+def _check_divides(parallel: ParallelConfig, world_size: int) -> None:
+    """Raise ConfigError where the axes do not divide the world."""
+    context = f" x parallel.context={parallel.context}" if parallel.context > 1 else ""
+    model_ranks = parallel.tensor * parallel.pipeline * parallel.context
+    if world_size % model_ranks:
+        raise ConfigError(
+            f"parallel.tensor={parallel.tensor} x parallel.pipeline={parallel.pipeline}{context}: the world size "
+            f"{world_size} is not divisible by {model_ranks}"
+        )
+    replicas = world_size // (parallel.tensor * parallel.pipeline)
+    if replicas % parallel.expert:
+        kind = "data- and context-parallel" if parallel.context > 1 else "data-parallel"
+        raise ConfigError(f"parallel.expert={parallel.expert}: the {replicas} {kind} ranks are not divisible by it")
+
+
 def seed_ranks(seed: int) -> None:
     """Seed torch and megatron-core's tracker, so that dropout differs wherever samples or activations differ.
 
     The default generator is equal on tensor-parallel ranks (they drop the same residual elements) and differs between
-    replicas and stages; the tracker's model-parallel state differs between tensor-parallel ranks as well.
+    replicas, parts of a sequence and stages; the tracker's model-parallel state differs between tensor-parallel ranks
+    as well.
 
     Collective: none (reads the groups).
     """
@@ -83,7 +91,7 @@ def seed_ranks(seed: int) -> None:
 
     # Megatron-LM's spacing of pipeline stages (training/initialize.py): tensor-parallel ranks stay within 100.
     stage_seed = seed + 100 * parallel_state.get_pipeline_model_parallel_rank()
-    replica_seed = stage_seed + _REPLICA_SEED_STRIDE * parallel_state.get_data_parallel_rank()
+    replica_seed = stage_seed + _REPLICA_SEED_STRIDE * parallel_state.get_data_parallel_rank(with_context_parallel=True)
     device.seed_device(replica_seed)
     model_parallel_cuda_manual_seed(replica_seed)
 
@@ -146,6 +154,13 @@ def tensor_parallel_group() -> dist.ProcessGroup:
     return parallel_state.get_tensor_model_parallel_group()
 
 
+def amax_reduction_group() -> dist.ProcessGroup:
+    """The ranks that share FP8's scales: all tensor-, context- and data-parallel peers of this rank's stage."""
+    from megatron.core import parallel_state
+
+    return parallel_state.get_amax_reduction_group(with_context_parallel=True)
+
+
 def expert_parallel_size() -> int:
     """Ranks that share each layer's routed experts."""
     from megatron.core import parallel_state
@@ -181,22 +196,43 @@ def pipeline_parallel_group() -> dist.ProcessGroup:
     return parallel_state.get_pipeline_model_parallel_group()
 
 
+def context_parallel_size() -> int:
+    """Ranks that share each sequence."""
+    from megatron.core import parallel_state
+
+    return int(parallel_state.get_context_parallel_world_size())
+
+
+def context_parallel_rank() -> int:
+    """Which part of each sequence this rank has, from 0."""
+    from megatron.core import parallel_state
+
+    return int(parallel_state.get_context_parallel_rank())
+
+
+def context_parallel_group() -> dist.ProcessGroup:
+    """The ranks that share this rank's sequences."""
+    from megatron.core import parallel_state
+
+    return parallel_state.get_context_parallel_group()
+
+
 def data_parallel_group() -> dist.ProcessGroup:
-    """The ranks that hold the same shard of the model."""
+    """The ranks with samples of their own that hold the same shard of the model."""
     from megatron.core import parallel_state
 
     return parallel_state.get_data_parallel_group()
 
 
 def data_parallel_size() -> int:
-    """Replicas of the model."""
+    """Ranks, or groups of context-parallel ranks, with samples of their own."""
     from megatron.core import parallel_state
 
     return int(parallel_state.get_data_parallel_world_size())
 
 
 def data_parallel_rank() -> int:
-    """This rank's replica."""
+    """Which share of the samples is this rank's and its context-parallel peers'."""
     from megatron.core import parallel_state
 
     return int(parallel_state.get_data_parallel_rank())
@@ -207,6 +243,7 @@ def layout() -> dict[str, int]:
     return {
         "tensor": tensor_parallel_size(),
         "pipeline": pipeline_parallel_size(),
+        "context": context_parallel_size(),
         "data": data_parallel_size(),
     }
 

@@ -5,8 +5,8 @@ group of layers that is recomputed as a whole (``config.recompute``) the input a
 all that its layers keep once more. Named apart, not here: tensors that live inside one operator, masks of samples that
 are cut, and what a stage keeps of what it has sent on (``pipeline_output_bytes``).
 
-Legend: s sequence, b microbatch, n = s b tokens, n' of them on this rank, h hidden, v vocabulary, t tensor-parallel
-ranks, w bytes per element.
+Legend: s sequence, b microbatch, n = s b / c tokens of c context-parallel ranks, n' of them on this rank, h hidden,
+v vocabulary, t tensor-parallel ranks, w bytes per element.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from gptoughts.planning.layers import FP32, INT64, Kept, Microbatch, layer_memor
 
 
 def first_stage_bytes(batch: Microbatch) -> int:
-    """What the embedding keeps: ids, and under tensor parallelism which of them are this rank's."""
-    return batch.tokens * (INT64 + (batch.tensor > 1))
+    """What the embedding keeps: ids (whole), and under tensor parallelism which of them are this rank's."""
+    return batch.tokens * (INT64 * batch.context + (batch.tensor > 1))
 
 
 def rotary_bytes(model: ModelConfig, batch: Microbatch) -> int:

@@ -1,16 +1,18 @@
 """Bytes that a rank sends per step along each axis, and how long its links take for them.
 
 A ring over r ranks sends (r - 1) / r of a tensor per rank to gather or reduce-scatter it, and twice that to all-reduce
-it. Of one microbatch's n = s b tokens and w bytes per element a layer sends
+it. Of one microbatch's n = s b / c tokens on a rank and w bytes per element a layer sends
 
     tensor             2 (t - 1)/t n w (C + R)      all-reduces: inputs' gradients of column-parallel layers, outputs of
                                                     row-parallel ones
     with sequence      (t - 1)/t n w (3 C + 2 R)    gathered, scattered back, and gathered once more in backward
     expert             4 (e - 1)/e n k h w          to the experts and back, forward and backward (alltoall)
+    context            2 (c - 1)/c n/t A w          queries, keys and values for heads, and outputs back, and gradients
     pipeline           2 n' h w per chunk           activations on, gradients back
 
-with C and R the summed widths of column-parallel inputs and row-parallel outputs. Per step, for P parameters on a rank
-and d data-parallel ranks, with g bytes per gradient on its way:
+with C and R the summed widths of column-parallel inputs and row-parallel outputs, and A the width of all that attention
+takes and gives (keys and values as often as they are copied). Per step, for P parameters on a rank
+and d data- and context-parallel ranks, with g bytes per gradient on its way:
 
     ZeRO 0             2 (d - 1)/d 4 P
     ZeRO 1             (d - 1)/d (g + w) P          gradients to their owners, weights back
@@ -29,8 +31,9 @@ from dataclasses import dataclass
 from gptoughts.config.experiment import ExperimentConfig
 from gptoughts.config.pipeline import stage_layers
 from gptoughts.models.expert_shape import ExpertFields
+from gptoughts.models.gpt.config import GPTConfig
 from gptoughts.models.mla.config import MLAConfig
-from gptoughts.planning.layers import Microbatch, microbatch
+from gptoughts.planning.layers import Microbatch, exchanged_groups, microbatch
 from gptoughts.planning.memory import Division
 from gptoughts.planning.zero import ZeroSettings
 
@@ -82,6 +85,24 @@ def expert_bytes(config: ExperimentConfig, batch: Microbatch, layers: list[int])
         travels = expert - 1
     with_experts = sum(map(model.has_experts, layers))
     return 4 * with_experts * travels * batch.tokens * model.hidden_size * batch.width
+
+
+def context_bytes(config: ExperimentConfig, batch: Microbatch, layers: list[int]) -> float:
+    """Sent along the context axis for one microbatch of a stage."""
+    model, context = config.model, batch.context
+    if context == 1:
+        return 0.0
+    if isinstance(model, MLAConfig):
+        wide, narrow = model.qk_head_dim + model.qk_pos_emb_head_dim, model.v_head_dim
+        width = model.num_attention_heads * 2 * (wide + narrow)
+    else:
+        assert isinstance(model, GPTConfig)
+        assert model.num_query_groups is not None, "a resolved shape is filled in"
+        assert model.kv_channels is not None
+        width = (
+            2 * model.num_attention_heads + 2 * exchanged_groups(model.num_query_groups, batch)
+        ) * model.kv_channels
+    return 2 * (context - 1) / context * len(layers) * batch.tokens * width / batch.tensor * batch.width
 
 
 def pipeline_bytes(config: ExperimentConfig, batch: Microbatch) -> float:
@@ -138,12 +159,14 @@ def step_traffic(
     num_bytes = {
         "tensor": num_microbatches * tensor_bytes(config, batch, layers, is_last=is_last),
         "expert": num_microbatches * expert_bytes(config, batch, layers),
+        "context": num_microbatches * context_bytes(config, batch, layers),
         "pipeline": num_microbatches * pipeline_bytes(config, batch),
         "data": data_bytes(division, zero, batch.width, num_microbatches),
     }
     rates = {
         "tensor": links.of_group(1, parallel.tensor),
         "expert": links.of_group(parallel.tensor, parallel.expert),
+        "context": links.of_group(parallel.tensor, parallel.context),
         "pipeline": links.of_group(replicas, 2),
         "data": links.of_group(parallel.tensor, division.data),
     }

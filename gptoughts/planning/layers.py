@@ -3,8 +3,8 @@
 Korthikanti et al. (arXiv:2205.05198, section 4) count a GPT layer: s b h (34 + 5 a s / h) bytes in half precision. Ours
 differ: attention keeps no scores but log-sum-exp (arXiv:2205.14135), SwiGLU and RMSNorm keep their input alone and make
 the rest again, there are no dropout masks, and a parallel linear layer keeps its part of a divided sequence and gathers
-it anew in backward. Per layer, with t = tensor-parallel ranks, w bytes per element, n = s b tokens, of which this rank
-holds n' = n / t of a sequence that is divided (else n' = n):
+it anew in backward. Per layer, with t = tensor-parallel ranks, w bytes per element, n = s b / c tokens (c =
+context-parallel ranks), of which this rank holds n' = n / t of a sequence that is divided (else n' = n):
 
     residual stream   n' (4 h w + 8)              both norms' inputs, outputs and fp32 inverses
     attention (GQA)   n/t ((np + 2 ng) hn w       the projection, of which values are a view
@@ -12,6 +12,9 @@ holds n' = n / t of a sequence that is divided (else n' = n):
                            + np hn w + 4 np)      output and log-sum-exp
     attention (MLA)   n/t (np (dn + dv) w + 2 np (dn + dr) w + np max(dn + dr, dv) w + 4 np), np dv w more where values
                       are narrower than keys, and the latents before and after their norms
+    with context      what the exchange brings in place of projection (expanded) and turned heads, and the output once
+      parallelism     more, ahead of its projection: GQA n/t ((3 np + 2 ng') hn w + 4 np), ng' copies of keys and values
+                      (lcm(ng / t, c) t); MLA n/t (np (2 (dn + dr) + dv) w + np max(dn + dr, dv) w + np dv w + 4 np)
     SwiGLU            n/t 3 f w                   gate and up, and their product
     experts           n k/t 2 f w, gates and indices, and the router's fp32 scores, n' 4 e
 
@@ -26,12 +29,13 @@ Parts that are recomputed (``models.recompute``) keep less:
 
 and backward has what is missing once more, a half of a layer at a time.
 
-Legend: s sequence, b microbatch, n = s b tokens, h hidden, np heads, ng key/value heads, hn head dim, dn + dr head dim
-of queries and keys of MLA, dv of its values, f feed-forward width, e experts, k experts per token.
+Legend: s sequence, b microbatch, n = s b / c tokens, h hidden, np heads, ng key/value heads, hn head dim, dn + dr head
+dim of queries and keys of MLA, dv of its values, f feed-forward width, e experts, k experts per token.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
@@ -51,7 +55,7 @@ class Microbatch:
     """One microbatch as a rank sees it."""
 
     tokens: int
-    """s b, the sequence whole."""
+    """s b / c: of this rank's part of the sequence, where context parallelism divides it."""
     tensor: int
     """Tensor-parallel ranks."""
     is_sequence_divided: bool
@@ -59,6 +63,8 @@ class Microbatch:
     """Expert-parallel ranks."""
     width: int
     """Bytes of an activation's element."""
+    context: int = 1
+    """Context-parallel ranks."""
 
     @property
     def own_tokens(self) -> int:
@@ -71,7 +77,13 @@ def microbatch(config: ExperimentConfig) -> Microbatch:
     parallel = config.parallel
     precision = config.train.precision or "bf16"
     tokens = (config.block_size or config.model.seq_length) * (config.batch_size or 1)
-    return Microbatch(tokens, parallel.tensor, parallel.sequence, parallel.expert, WIDTHS[precision])
+    own = tokens // parallel.context
+    return Microbatch(own, parallel.tensor, parallel.sequence, parallel.expert, WIDTHS[precision], parallel.context)
+
+
+def exchanged_groups(num_query_groups: int, batch: Microbatch) -> int:
+    """Key and value heads that context-parallel ranks send each other, over all tensor-parallel ranks."""
+    return math.lcm(num_query_groups // batch.tensor, batch.context) * batch.tensor
 
 
 @dataclass(frozen=True)
@@ -127,42 +139,55 @@ def _grouped_query_attention(model: GPTConfig, batch: Microbatch, modules: Colle
     heads, groups, size = model.num_attention_heads, model.num_query_groups, model.kv_channels
     assert groups is not None, "a resolved shape is filled in"
     assert size is not None
-    projection, turned, output = (heads + 2 * groups) * size, (heads + groups) * size, heads * size
+    projection, output = (heads + 2 * groups) * size, heads * size
+    inside = (heads + groups) * size  # turned queries and keys
+    is_projection_kept = batch.context == 1 or model.qk_layernorm
+    if batch.context > 1:
+        inside = (2 * heads + 2 * exchanged_groups(groups, batch)) * size  # exchanged np + 2 ng', the output once more
     inverses = (heads + groups) * FP32 if model.qk_layernorm else 0
     # Grouped queries are no view of the projection: their norm keeps a copy.
     copied = heads * size if model.qk_layernorm and heads != groups else 0
-    inside = (turned + copied) * batch.width + heads * FP32 + inverses
-    ends = batch.tokens * (projection + output) * batch.width // batch.tensor
-    whole = batch.tokens * ((projection + output) * batch.width + inside) // batch.tensor
-    return Kept(ends, whole - ends) if "core_attn" in modules else Kept(whole)
+    inside_bytes = batch.tokens * ((inside + copied) * batch.width + heads * FP32 + inverses) // batch.tensor
+
+    def on_rank(elements: int) -> int:
+        return batch.tokens * elements * batch.width // batch.tensor
+
+    if "core_attn" in modules:
+        return Kept(on_rank(projection + output), inside_bytes)
+    return Kept(on_rank(projection * is_projection_kept + output) + inside_bytes)
 
 
 def _latent_attention(model: MLAConfig, batch: Microbatch, modules: Collection[str]) -> Kept:
     heads, narrow = model.num_attention_heads, model.v_head_dim
     wide, width = model.qk_head_dim + model.qk_pos_emb_head_dim, batch.width
     expanded, query, output = heads * (model.qk_head_dim + narrow), heads * wide, heads * narrow
-    # Of values narrower than keys the core keeps a padded output; what follows it keeps the cut one.
-    core = heads * max(wide, narrow) * (narrow < wide) * width + heads * FP32
+    # Of values narrower than keys the core keeps a padded output, and what it sends to other ranks; what follows it
+    # keeps the cut or received one.
+    is_copied = narrow < wide or batch.context > 1
+    core = heads * max(wide, narrow) * is_copied * width + heads * FP32
+    # Sent to other ranks, values are copied; keys always are, with their rotary part.
+    value = expanded if batch.context == 1 else heads * narrow
     before, after = _latents(model, batch)
 
     def on_rank(per_token: int) -> int:
         return batch.tokens * per_token // batch.tensor
 
-    whole = on_rank((expanded + 2 * query + output) * width + core) + before + after
+    whole = on_rank((value + 2 * query + output) * width + core) + before + after
     has_core, has_projections = "core_attn" in modules, "mla_up_proj" in modules
     if not (has_core or has_projections):
         return Kept(whole)
     # The rotary part of keys that is kept is a view of all ranks' latents.
     gathered = model.kv_lora_rank + model.qk_pos_emb_head_dim if batch.own_tokens < batch.tokens else 0
     kept = batch.tokens * gathered * width + before
-    if has_core and has_projections:
-        kept += on_rank(output * width)
-    elif has_core:
-        kept += on_rank((expanded + query + output) * width) + after
-    else:
+    if not has_core:
         query *= model.q_lora_rank is None
         kept += on_rank((query + output) * width + core) + after
-    return Kept(kept, max(0, whole - kept))
+        return Kept(kept, max(0, whole - kept))
+    # Turned queries and keys, and what other ranks have sent.
+    inside = on_rank((2 * query + (value if batch.context > 1 else 0)) * width + core)
+    if has_projections:
+        return Kept(kept + on_rank(output * width), inside + on_rank(expanded * width) + after)
+    return Kept(kept + on_rank((expanded + query + output) * width) + after, inside)
 
 
 def _latents(model: MLAConfig, batch: Microbatch) -> tuple[int, int]:

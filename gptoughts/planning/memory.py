@@ -1,6 +1,7 @@
 """Bytes on the fullest rank of a layout: what it holds all the time, and the most that a step adds.
 
-ZeRO (arXiv:1910.02054, section 3) of P parameters on a rank of a stage and n data-parallel ranks, in bytes:
+ZeRO (arXiv:1910.02054, section 3) of P parameters on a rank of a stage and n data-parallel ranks (context-parallel ones
+are among them), in bytes:
 
     stage    weights     gradients   optimizer
     0        w P         4 P         8 P + masters
@@ -65,7 +66,7 @@ class Division:
     """Parameters on a rank beside routed experts."""
     routed: int
     data: int
-    """Data-parallel ranks."""
+    """Data-parallel ranks, times the context-parallel ones: those with the same weights."""
     expert: int
     """Expert-parallel ranks among them."""
 
@@ -81,9 +82,10 @@ class Division:
 
 
 def divide(stage: StageParameters, config: ExperimentConfig, data: int) -> Division:
-    """Of one stage, over ``data`` data-parallel ranks."""
+    """Of one stage, over ``data`` data-parallel ranks and the context-parallel ones."""
     tensor, expert = config.parallel.tensor, config.parallel.expert
-    return Division(stage.dense_on_rank(tensor), stage.routed_on_rank(tensor, expert), data, expert)
+    replicas = data * config.parallel.context
+    return Division(stage.dense_on_rank(tensor), stage.routed_on_rank(tensor, expert), replicas, expert)
 
 
 def state_bytes(division: Division, zero: ZeroSettings, width: int) -> dict[str, float]:

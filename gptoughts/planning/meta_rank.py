@@ -23,7 +23,7 @@ def check_parameters(plan: Plan) -> dict[int, int]:
     stages = stage_parameters(plan.config.model, parallel)
     found = {}
     for stage in sorted({0, parallel.pipeline // 2, parallel.pipeline - 1}):
-        rank = stage * parallel.tensor * plan.data
+        rank = stage * parallel.tensor * parallel.context * plan.data
         predicted = divide(stages[stage], plan.config, plan.data).whole
         built = count_built(plan.config, rank, plan.run.world_size)
         if built != predicted:

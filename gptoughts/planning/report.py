@@ -16,7 +16,7 @@ from gptoughts.planning.request import GIB, OFFLOAD, Options, shipped_json, ship
 from gptoughts.planning.search import PLANNED, Plan, Run, search
 from gptoughts.planning.throughput import StepTime
 
-_AXES = ("tensor", "sequence", "pipeline", "virtual_pipeline", "pipeline_layout", "expert")
+_AXES = ("tensor", "sequence", "pipeline", "virtual_pipeline", "pipeline_layout", "context", "expert")
 _LARGEST_GROWTH = 64
 
 
@@ -71,8 +71,8 @@ def table(plans: Sequence[tuple[Plan, StepTime]]) -> Table:
     """One line per plan."""
     found = Table(box=SIMPLE_HEAD)
     titles = (
-        "tp", "pp", "vpp", "ep", "dp", "ZeRO", "batch", "micro- batches", "GiB", "weights", "grads", "optim", "activ.",
-        "logits", "buffers", "bubble", "GB sent tp/pp/ep/dp", "link s", "step s", "tokens/s",
+        "tp", "pp", "vpp", "cp", "ep", "dp", "ZeRO", "batch", "micro- batches", "GiB", "weights", "grads", "optim",
+        "activ.", "logits", "buffers", "bubble", "GB sent tp/pp/cp/ep/dp", "link s", "step s", "tokens/s",
     )  # fmt: skip
     for title in titles:
         found.add_column(title, justify="right")
@@ -83,12 +83,13 @@ def table(plans: Sequence[tuple[Plan, StepTime]]) -> Table:
         sent = time.traffic.num_bytes
         found.add_row(
             f"{parallel.tensor}{'+sp' if parallel.sequence else ''}",
-            str(parallel.pipeline), str(parallel.virtual_pipeline), str(parallel.expert), str(plan.data),
+            str(parallel.pipeline), str(parallel.virtual_pipeline), str(parallel.context), str(parallel.expert),
+            str(plan.data),
             f"{plan.zero.stage}{' off' if plan.zero.offloads_optimizer else ''}",
             str(plan.config.batch_size), str(plan.num_microbatches), _gib(memory.total),
             *map(_gib, parts),
             f"{time.bubble_fraction:.0%}",
-            "/".join(f"{sent[axis] / 1e9:.3g}" for axis in ("tensor", "pipeline", "expert", "data")),
+            "/".join(f"{sent[axis] / 1e9:.3g}" for axis in ("tensor", "pipeline", "context", "expert", "data")),
             f"{sum(time.traffic.seconds.values()):.3g}", f"{time.seconds:.3g}", f"{time.tokens_per_second:,.0f}",
         )  # fmt: skip
     return found
@@ -102,6 +103,7 @@ def describe(plan: Plan) -> str:
     """A layout in one line."""
     parallel = plan.config.parallel
     pipeline = f" x pipeline {parallel.pipeline}" if parallel.pipeline > 1 else ""
+    pipeline += f" x context {parallel.context}" if parallel.context > 1 else ""
     expert = f", experts over {parallel.expert}" if parallel.expert > 1 else ""
     offload = " with offload" if plan.zero.offloads_optimizer else ""
     return (

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import product
 from typing import Any
 
 from gptoughts.config.deepspeed_json import DeepSpeedJson, expert_parallel_problems, for_deepspeed
@@ -23,6 +24,8 @@ from gptoughts.planning.zero import ZeroSettings
 PLANNED = "planned"
 LARGEST_TENSOR, LARGEST_PIPELINE, LARGEST_VIRTUAL, LARGEST_MICROBATCH = 64, 128, 8, 64
 """Beyond these nothing is searched; a flag may state more."""
+SMALLEST_PART_TOKENS = 2048
+"""Sequences are not searched in smaller parts: their exchange is latency, which the time of a step leaves out."""
 
 
 @dataclass(frozen=True)
@@ -86,20 +89,31 @@ def layouts(run: Run) -> Iterator[ParallelConfig]:
     experts = model.expert_parallel_divisors()
     for tensor in axis("tensor", tensors):
         for pipeline in axis("pipeline", divisors(run.world_size // max(tensor, 1), LARGEST_PIPELINE)):
-            data = max(1, run.world_size // max(1, tensor * pipeline))
-            shares = divisors(data, max(experts.values(), default=1)) if experts else [1]
-            for expert in axis("expert", shares):
-                for virtual in axis("virtual_pipeline", _virtual(pipeline, model.num_layers)):
-                    for sequence in axis("sequence", [True] if tensor > 1 else [False]):
-                        yield replace(
-                            stated,
-                            tensor=tensor,
-                            pipeline=pipeline,
-                            virtual_pipeline=virtual,
-                            expert=expert,
-                            sequence=sequence,
-                            pipeline_layout=_layout(run, pipeline, virtual),
-                        )
+            replicas = max(1, run.world_size // max(1, tensor * pipeline))
+            shares = divisors(replicas, max(experts.values(), default=1)) if experts else [1]
+            for context, expert, virtual, sequence in product(
+                axis("context", _contexts(run, max(tensor, 1), replicas)),
+                axis("expert", shares),
+                axis("virtual_pipeline", _virtual(pipeline, model.num_layers)),
+                axis("sequence", [True] if tensor > 1 else [False]),
+            ):
+                yield replace(
+                    stated,
+                    tensor=tensor,
+                    pipeline=pipeline,
+                    virtual_pipeline=virtual,
+                    expert=expert,
+                    context=context,
+                    sequence=sequence,
+                    pipeline_layout=_layout(run, pipeline, virtual),
+                )
+
+
+def _contexts(run: Run, tensor: int, replicas: int) -> list[int]:
+    """Into how many parts sequences may be cut that are long enough."""
+    heads = max(1, run.config.model.num_attention_heads // tensor)
+    parts = max(1, (run.config.block_size or 0) // SMALLEST_PART_TOKENS)
+    return [n for n in divisors(heads, parts) if replicas % n == 0]
 
 
 def _virtual(pipeline: int, num_layers: int) -> list[int]:

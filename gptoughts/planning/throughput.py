@@ -1,7 +1,8 @@
 """How long a step takes: products of the slowest stage, the bubble, and links that nothing hides.
 
-With c seconds of products and x of tensor, expert and pipeline exchange per microbatch of the slowest stage, P stages,
-V virtual ones, M microbatches and D seconds of ZeRO's exchange (arXiv:2104.04473, section 2.2, for the bubble):
+With c seconds of products and x of tensor, context, expert and pipeline exchange per microbatch of the slowest stage,
+P stages, V virtual ones, M microbatches and D seconds of ZeRO's exchange (arXiv:2104.04473, section 2.2, for the
+bubble):
 
     step = (M + (P - 1) / V) (c + x) + D
 
@@ -48,7 +49,7 @@ class StepTime:
 
 
 def stage_flops_per_token(family: Family, config: ExperimentConfig) -> list[int]:
-    """Floating-point operations per token of each stage, over all its tensor-parallel ranks."""
+    """Floating-point operations per token of each stage, over all its tensor- and context-parallel ranks."""
     model, parallel = config.model, config.parallel
     length = config.block_size or model.seq_length
     found = []
@@ -83,7 +84,7 @@ def step_time(
     parallel, count = config.parallel, num_microbatches
     tokens = (config.block_size or config.model.seq_length) * (config.batch_size or 1)
     flops = max(stage_flops_per_token(family, config))
-    compute = count * tokens * flops / parallel.tensor / machine.flops_per_second
+    compute = count * tokens * flops / (parallel.tensor * parallel.context) / machine.flops_per_second
     traffic = max(
         (
             step_traffic(config, divide(stage, config, data), zero, number, num_microbatches=count, links=machine.links)

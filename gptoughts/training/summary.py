@@ -47,8 +47,9 @@ def describe_ranks(experiment: Experiment) -> str:
     parallel = experiment.config.parallel
     virtual = f" ({parallel.virtual_pipeline} virtual)" if parallel.virtual_pipeline > 1 else ""
     pipeline = f"pipeline {parallel.pipeline}{virtual} x " if parallel.pipeline > 1 else ""
-    expert = f" (experts over {parallel.expert} of them)" if parallel.expert > 1 else ""
-    return f"tensor {parallel.tensor} x {pipeline}data {experiment.data_parallel_size}{expert}"
+    expert = f" (experts over {parallel.expert} of these)" if parallel.expert > 1 else ""
+    context = f"context {parallel.context} x " if parallel.context > 1 else ""
+    return f"tensor {parallel.tensor} x {pipeline}{context}data {experiment.data_parallel_size}{expert}"
 
 
 def print_summary(experiment: Experiment, family: Family) -> None:

@@ -36,6 +36,7 @@ def problems(flags: str, world_size: int = 1) -> str:
         ("--train.global_batch_size 24 --train.gradient_accumulation_steps 2", 2, (6, 2, 24)),
         ("--batch_size 2 --train.global_batch_size 8 --train.gradient_accumulation_steps 4", 1, (2, 4, 8)),
         ("--batch_size 2 --train.global_batch_size 8 --parallel.tensor 2", 4, (2, 2, 8)),
+        ("--batch_size 2 --train.global_batch_size 8 --parallel.context 2", 4, (2, 2, 8)),  # 2 data-parallel ranks
     ],
 )
 def test_batch_sizes(flags: str, world_size: int, expected: tuple[int, int, int]) -> None:
@@ -65,6 +66,18 @@ def test_batch_sizes(flags: str, world_size: int, expected: tuple[int, int, int]
         ("--model_type deepseek --parallel.expert 3", 3, "num_moe_experts=8 is not divisible by 3; allowed: 1"),
         ("--model_type deepseek --parallel.expert 4 --parallel.tensor 2", 4,
          "the number of data-parallel ranks=2 is not divisible by 4; allowed: 1, 2"),
+        ("--parallel.context 0", 1, "parallel.context=0 (command line): must be 1 or more"),
+        ("--parallel.context 2", 3, "parallel.tensor=1 (default) x parallel.pipeline=1 (default) x parallel.context=2 "
+         "(command line): the world size 3 is not divisible by 2; start a multiple of 2 ranks"),
+        ("--parallel.context 3 --block_size 33", 3, "parallel.context=3 (command line): num_attention_heads=4 is not "
+         "divisible by it: in attention each of these ranks has whole heads; allowed: 1, 2, 4"),
+        ("--parallel.context 4 --parallel.tensor 2", 8, "num_attention_heads=4 / parallel.tensor=2 is not divisible by "
+         "it: in attention each of these ranks has whole heads; allowed: 1, 2"),
+        ("--parallel.context 2 --block_size 33", 2, "parallel.context=2 (command line): block_size=33 is not"),
+        ("--parallel.context 2 --parallel.tensor 2 --parallel.sequence true --block_size 34", 4,
+         "block_size=34 is not divisible by 2 x parallel.tensor=2 (sequence)"),
+        ("--model_type deepseek --parallel.context 2 --parallel.expert 4", 2,
+         "the number of data- and context-parallel ranks=2 is not divisible by 4; allowed: 1, 2"),
         ("--parallel.sequence true", 1, "needs parallel.tensor of 2 or more"),
         ("--parallel.sequence true --parallel.tensor 2 --block_size 33", 2, "block_size=33 is not divisible by"),
         ("--model_type mla --model.qk_pos_emb_head_dim 31", 1, "turns pairs; must be even"),

@@ -60,7 +60,7 @@ def _forward_step(chunk: Any, batch: TokenBatch) -> Any:
 
 def _build(model: str, stage: int, tensor: int, sequence: bool, dtype: torch.dtype = torch.float32) -> Any:
     from gptoughts.engine.deepspeed_engine import TrainEngine, construction_context, gathered
-    from gptoughts.models.language_model import global_parameter_names
+    from gptoughts.models.parameter_names import global_parameter_names
     from gptoughts.models.registry import FAMILIES
     from gptoughts.parallel import groups
 

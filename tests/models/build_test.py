@@ -65,7 +65,7 @@ def _one_rank() -> Iterator[None]:
 @pytest.mark.usefixtures("_one_rank")
 @pytest.mark.parametrize("shape", SHAPES)
 def test_counts_names_and_first_loss(shape: str) -> None:
-    from gptoughts.models.language_model import global_parameter_names
+    from gptoughts.models.parameter_names import global_parameter_names
 
     family, model = SHAPES[shape]
     built = build(shape)
@@ -136,7 +136,7 @@ def test_initial_values_know_norms_and_biases() -> None:
 
 def _losses_and_gradients(shape: str, parallel: ParallelConfig) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
     from gptoughts.models.initialization import partition_of
-    from gptoughts.models.language_model import global_parameter_names
+    from gptoughts.models.parameter_names import global_parameter_names
 
     groups.initialize(parallel, seed=5)
     built = build(shape, parallel)

@@ -61,6 +61,24 @@ def test_an_output_layer_at_masked_positions_gives_the_same_loss(tensor: int, se
         assert error < 1e-5
 
 
+def selected_and_all_logits(tensor: int, sequence: bool, tied: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    parallel = ParallelConfig(tensor=tensor, sequence=sequence)
+    groups.initialize(parallel, seed=3)
+    shape = replace(SHAPE, untie_embeddings_and_output_weights=not tied)
+    config = ExperimentConfig(model_type="llada", model=shape, parallel=parallel, seed=3)
+    model = build_model(config, params_dtype=torch.float32)
+    selected = torch.tensor([40, 3, 159, 32])
+    with torch.no_grad():
+        return model(tokens(), selected_positions=selected), model(tokens()).flatten(0, 1)[selected]
+
+
+@pytest.mark.parametrize(("tensor", "sequence", "tied"), [(1, False, True), (2, False, False), (2, True, True)])
+def test_logits_at_selected_positions(tensor: int, sequence: bool, tied: bool) -> None:
+    for selected, expected in run_distributed(selected_and_all_logits, tensor, tensor, sequence, tied):
+        assert selected.shape == (4, 256)
+        assert (selected - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
 def first_logits(shape: LLaDAConfig) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Logits of a row; of the row with another last token; of the row where the last token may not be looked at."""
     groups.initialize(ParallelConfig(), seed=3)

@@ -14,8 +14,9 @@ from gptoughts.models.deepseek.config import DeepSeekConfig
 from gptoughts.models.deepseek.model import build_model
 from gptoughts.models.expert_load import expert_routers, finish_step, load_figures
 from gptoughts.models.grouped_experts import assign
-from gptoughts.models.language_model import LanguageModel, global_buffer_names
+from gptoughts.models.language_model import LanguageModel
 from gptoughts.models.moe import MixtureOfExperts
+from gptoughts.models.parameter_names import global_buffer_names
 from gptoughts.parallel import groups
 
 TOY = DeepSeekConfig(

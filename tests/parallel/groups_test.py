@@ -24,6 +24,7 @@ def _layout(parallel: ParallelConfig) -> dict[str, object]:
     return {
         "tensor": (groups.tensor_parallel_rank(), groups.tensor_parallel_size()),
         "data": (groups.data_parallel_rank(), groups.data_parallel_size()),
+        "context": (groups.context_parallel_rank(), groups.context_parallel_size()),
         "expert": (groups.expert_parallel_rank(), groups.expert_parallel_size()),
         "world": (groups.rank(), groups.world_size()),
         "default": torch.rand(1).item(),
@@ -53,6 +54,18 @@ def test_neighbouring_replicas_share_the_experts() -> None:
     assert [rank["expert"] for rank in ranks] == [(0, 2), (1, 2), (0, 2), (1, 2)]
 
 
+def test_parts_of_a_sequence_draw_different_numbers() -> None:
+    ranks = run_distributed(_layout, 4, ParallelConfig(context=2))
+    assert [rank["context"] for rank in ranks] == [(0, 2), (1, 2), (0, 2), (1, 2)]
+    assert [rank["data"] for rank in ranks] == [(0, 2), (0, 2), (1, 2), (1, 2)]
+    assert len({rank["default"] for rank in ranks}) == len({rank["tracked"] for rank in ranks}) == 4
+
+
+def test_context_parallel_ranks_may_share_the_experts() -> None:
+    ranks = run_distributed(_layout, 4, ParallelConfig(context=2, expert=4))
+    assert [rank["expert"] for rank in ranks] == [(0, 4), (1, 4), (2, 4), (3, 4)]
+
+
 def _refuses_two_of_one() -> str:
     with pytest.raises(ConfigError) as caught:
         groups.initialize(ParallelConfig(tensor=2, expert=2), seed=1)
@@ -78,6 +91,23 @@ def _refuses_three() -> str:
 def test_world_must_divide() -> None:
     for message in run_distributed(_refuses_three, 2):
         assert message == ("parallel.tensor=3 x parallel.pipeline=1: the world size 2 is not divisible by 3")
+
+
+def _refuses_contexts() -> list[str]:
+    messages = []
+    for parallel in (ParallelConfig(context=4), ParallelConfig(context=2, expert=4)):
+        with pytest.raises(ConfigError) as caught:
+            groups.initialize(parallel, seed=1)
+        messages += caught.value.problems
+    return messages
+
+
+def test_parts_of_a_sequence_must_divide_the_world() -> None:
+    for messages in run_distributed(_refuses_contexts, 2):
+        assert messages == [
+            "parallel.tensor=1 x parallel.pipeline=1 x parallel.context=4: the world size 2 is not divisible by 4",
+            "parallel.expert=4: the 2 data- and context-parallel ranks are not divisible by it",
+        ]
 
 
 def _fails() -> None:

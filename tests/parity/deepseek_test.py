@@ -19,7 +19,7 @@ from gptoughts.config.experiment import ExperimentConfig, ParallelConfig
 from gptoughts.models.deepseek.config import DeepSeekConfig
 from gptoughts.models.deepseek.model import build_model
 from gptoughts.models.expert_load import expert_routers
-from gptoughts.models.language_model import global_parameter_names
+from gptoughts.models.parameter_names import global_parameter_names
 from gptoughts.parallel import groups
 
 RELATIVE = 1e-5

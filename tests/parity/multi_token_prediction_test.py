@@ -17,7 +17,8 @@ from torch import Tensor
 from gptoughts.config.experiment import ExperimentConfig, ParallelConfig
 from gptoughts.models.deepseek.config import DeepSeekConfig
 from gptoughts.models.deepseek.model import build_model
-from gptoughts.models.language_model import LanguageModel, global_buffer_names, global_parameter_names
+from gptoughts.models.language_model import LanguageModel
+from gptoughts.models.parameter_names import global_buffer_names, global_parameter_names
 from gptoughts.objectives.base import ModelInputs
 from gptoughts.objectives.causal_lm import CausalLM
 from gptoughts.objectives.multi_token import MultiTokenLoss

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from gptoughts.checkpoint.huggingface.formats import FORMATS, format_for, understand
 from gptoughts.config.experiment import ExperimentConfig, ParallelConfig
-from gptoughts.models.language_model import global_parameter_names
+from gptoughts.models.parameter_names import global_parameter_names
 from gptoughts.models.registry import FAMILIES
 from tests.distributed import run_distributed
 

@@ -18,7 +18,7 @@ from gptoughts.planning.activations import (
     pipeline_output_bytes,
     stage_activation_bytes,
 )
-from gptoughts.planning.layers import Microbatch, layer_bytes
+from gptoughts.planning.layers import Microbatch, layer_bytes, microbatch
 
 GPT = GPTConfig(num_layers=2, hidden_size=8, ffn_hidden_size=24, num_attention_heads=4, vocab_size=100).filled()
 ONE_TOKEN = Microbatch(tokens=1, tensor=1, is_sequence_divided=False, expert=1, width=2)
@@ -50,6 +50,23 @@ def test_tensor_parallelism_divides_the_inside_and_the_sequence_the_rest() -> No
     assert layer_bytes(GPT, 0, replace(batch, tensor=2, is_sequence_divided=True)) == (residual + inside) // 2
 
 
+def test_context_parallelism_keeps_what_is_exchanged() -> None:
+    """Of a part of four tokens: queries, keys and values 48 each token, the output twice 32, log-sum-exp 16."""
+    outside = 4 * 2 * (16 + 16 + 4) + 4 * (96 + 48)
+    batch = replace(ONE_TOKEN, tokens=4, context=2)
+    assert layer_bytes(GPT, 0, batch) == outside + 4 * (48 + 32 + 16)
+    # One key head of each kind, sent to both ranks: 4 + 2 + 2 of size 2. Norms of heads keep the projection, 4 + 2.
+    grouped = replace(GPT, num_query_groups=1)
+    assert layer_bytes(grouped, 0, batch) == outside + 4 * (32 + 32 + 16)
+    normed = layer_bytes(replace(grouped, qk_layernorm=True), 0, batch)
+    assert normed - layer_bytes(grouped, 0, batch) == 4 * (24 + 16 + 5 * 4)
+
+
+def test_a_rank_has_its_part_of_the_tokens() -> None:
+    config = ExperimentConfig(model=GPT, batch_size=3, block_size=32, parallel=ParallelConfig(context=4))
+    assert microbatch(config).tokens == 24
+
+
 def test_latent_attention() -> None:
     model = MLAConfig(num_layers=1, hidden_size=8, ffn_hidden_size=24, num_attention_heads=2, kv_lora_rank=6,
                       qk_head_dim=4, qk_pos_emb_head_dim=2, v_head_dim=3)  # fmt: skip
@@ -57,6 +74,9 @@ def test_latent_attention() -> None:
     # latent with the rotary part 8, its norm's output 6 and inverse.
     attention = 4 * (24 + 14 + 12 + 6) + 4 * 2 + 4 * (8 + 6) + 4
     assert layer_bytes(model, 0, WIDE) == 2 * (32 + 32 + 4) + attention + 4 * 72
+    # Exchanged queries, keys and values 12, 12 and 6; output padded 12, and ahead of its projection 6.
+    exchanged = layer_bytes(model, 0, replace(WIDE, context=2))
+    assert layer_bytes(model, 0, WIDE) - exchanged == 4 * (24 + 14 + 12 + 6) - 4 * (30 + 12 + 6)
     with_queries = layer_bytes(replace(model, q_lora_rank=5), 0, WIDE)
     assert with_queries - layer_bytes(model, 0, WIDE) == 4 * (5 + 5) + 4
 

@@ -12,7 +12,15 @@ from gptoughts.models.flops import flops_per_token
 from gptoughts.models.gpt.config import GPTConfig
 from gptoughts.models.mla.config import MLAConfig
 from gptoughts.models.registry import FAMILIES
-from gptoughts.planning.communication import Links, data_bytes, expert_bytes, pipeline_bytes, step_traffic, tensor_bytes
+from gptoughts.planning.communication import (
+    Links,
+    context_bytes,
+    data_bytes,
+    expert_bytes,
+    pipeline_bytes,
+    step_traffic,
+    tensor_bytes,
+)
 from gptoughts.planning.layers import Microbatch
 from gptoughts.planning.memory import Division
 from gptoughts.planning.throughput import Machine, stage_flops_per_token, step_time
@@ -59,6 +67,19 @@ def test_experts_are_sent_to_and_fro_twice() -> None:
     everything = replace(model, moe_token_dispatcher_type="allgather")
     assert expert_bytes(experiment(model=everything), batch, [1]) == 4 * 3 * 160
     assert expert_bytes(experiment(), batch, [0]) == 0
+
+
+def test_context_parallelism_exchanges_all_of_attention_twice() -> None:
+    """Each way 3/4 of 4 query, 4 key, 4 value heads of size 2, and of 4 outputs; two tensor-parallel ranks halve it."""
+    batch = replace(BATCH, tensor=1, context=4)
+    assert context_bytes(experiment(), batch, [0, 1]) == 2 * 2 * 0.75 * 10 * 2 * (4 * 4 * 2)
+    assert context_bytes(experiment(), replace(batch, tensor=2), [0]) == 2 * 0.75 * 10 * 2 * (2 * 4 + 2 * 8) * 2 / 2
+    grouped = replace(GPT, num_query_groups=2)  # each key head to two of the ranks
+    assert context_bytes(experiment(model=grouped), batch, [0]) == 2 * 0.75 * 10 * 2 * (4 * 4 * 2)
+    assert context_bytes(experiment(), BATCH, [0]) == 0
+    latent = MLAConfig(num_layers=1, hidden_size=8, num_attention_heads=4, qk_head_dim=4, qk_pos_emb_head_dim=2,
+                       v_head_dim=3)  # fmt: skip
+    assert context_bytes(experiment(model=latent), batch, [0]) == 2 * 0.75 * 10 * 2 * 4 * (6 + 6 + 3 + 3)
 
 
 def test_stages_hand_on_what_they_hold_of_the_sequence() -> None:
@@ -110,6 +131,17 @@ def test_a_step_is_products_bubble_and_links() -> None:
     slow = step_time(FAMILIES["gpt"], config, settings(1), Machine(1e6, Links(1e3, 1e3, 8)), data=4, num_microbatches=3)
     waited = slow.traffic.seconds["pipeline"] * 4 / 3 + slow.traffic.seconds["data"]
     assert slow.seconds == pytest.approx(found.seconds + waited)
+
+
+def test_context_parallel_ranks_share_the_products() -> None:
+    machine = Machine(1e6, Links(float("inf"), float("inf"), 8))
+    alone, shared = (
+        step_time(FAMILIES["gpt"], experiment(ParallelConfig(context=n)), settings(1), machine, data=4 // n,
+                  num_microbatches=3)
+        for n in (1, 2)
+    )  # fmt: skip
+    assert shared.compute_seconds == alone.compute_seconds / 2
+    assert shared.tokens_per_second == pytest.approx(alone.tokens_per_second)  # half the samples, in half the time
 
 
 def test_zero_3_exchanges_beside_products() -> None:

@@ -25,6 +25,7 @@ from tests.harness import Layout, toy_experiment
 from tests.planning.measure import measure
 
 LARGEST_ERROR = 0.1
+_HEAD_NORMS = "--model.qk_layernorm=true"
 _WHOLE_ROWS = ("--model.random_length_probability=0",)  # cut samples keep masks, which are not predicted
 _FULL = ("--parallel.recompute_granularity=full",)
 _PAIRS = (*_FULL, "--parallel.recompute_num_layers=2")
@@ -121,6 +122,7 @@ def cases() -> list[object]:
         ("mla", Layout(data=2, zero=3)),
         ("deepseek", Layout(data=2, expert=2, zero=1, precision="bf16")),
         ("llada", Layout(data=2, zero=2, precision="bf16", accumulation=2, extra=_WHOLE_ROWS)),
+        ("deepseek", Layout(context=2, data=1, zero=3, expert=2)),
         ("gpt", Layout(layers=4, extra=_FULL)),
         ("gpt", Layout(pipeline=2, layers=4, accumulation=2, extra=_selective("layernorm", "core_attn"))),
         ("deepseek", Layout(layers=3, extra=_selective("mla_up_proj", "moe", "layernorm"))),
@@ -132,6 +134,11 @@ def cases() -> list[object]:
         ("mla", Layout(tensor=2)),
         ("mla", Layout(tensor=2, sequence=True, extra=("--model.q_lora_rank=64",))),
         ("mla", Layout(pipeline=2, data=2, zero=2, accumulation=2, precision="bf16")),
+        ("gpt", Layout(context=2, zero=2, precision="bf16")),
+        ("gpt", Layout(tensor=2, sequence=True, context=2, extra=("--model.num_query_groups=2", _HEAD_NORMS))),
+        ("gpt", Layout(pipeline=2, context=2, accumulation=4)),
+        ("mla", Layout(context=2)),
+        ("llada", Layout(context=2, zero=1, extra=_WHOLE_ROWS)),
         ("deepseek", Layout(pipeline=2, virtual=2, layers=4, accumulation=4, zero=1)),
         ("deepseek", Layout(tensor=2, sequence=True, data=2, zero=2)),
         ("deepseek", Layout(data=2, zero=3, expert=2)),
@@ -171,7 +178,7 @@ def test_a_real_step_needs_what_is_predicted(family: str, layout: Layout, tmp_pa
     count = experiment.num_microbatches
     batch = microbatch(config)
     for rank, found in enumerate(measured):
-        stage = rank // (layout.tensor * layout.data)
+        stage = rank // (layout.tensor * layout.context * layout.data)
         needs = stage_needs(config, data=layout.data, num_microbatches=count, output_fraction=found["output_fraction"])[
             stage
         ]

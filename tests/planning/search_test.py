@@ -44,6 +44,16 @@ def test_experts_are_divided_where_there_are_any() -> None:
     assert {expert for *_, expert in layouts(found)} == {1, 2, 4}
 
 
+def test_long_sequences_are_divided() -> None:
+    """4 heads, parts of 2048 tokens and more."""
+    flags = ("--gpus", "8", "--size", "debug", "--parallel.pipeline", "1", "--block_size", "8192")
+    found = {(p.config.parallel.tensor, p.config.parallel.context, p.data) for p in plans(*flags)}
+    assert found == {(1, 1, 8), (1, 2, 4), (1, 4, 2), (2, 1, 4), (2, 2, 2), (4, 1, 2)}
+    stated = plans(*flags[:-2], "--parallel.context", "2")  # shorter, but somebody wants it
+    assert {p.config.parallel.context for p in stated} == {2}
+    assert all("--parallel.context" in arguments(p, []) for p in plans(*flags) if p.config.parallel.context > 1)
+
+
 def test_what_is_stated_stays() -> None:
     found = plans("--gpus", "8", "--size", "debug", "--parallel.tensor", "2", "--parallel.sequence", "false",
                   "--batch_size", "2", "--deepspeed_config", "ds_configs/zero2.json")  # fmt: skip

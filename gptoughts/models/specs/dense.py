@@ -16,6 +16,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayerSubmodul
 from torch import Tensor, nn
 
 from gptoughts.models.attention import SelfAttention
+from gptoughts.models.context_attention import context_parallel
 from gptoughts.models.decoder_layer import DecoderLayer
 from gptoughts.models.recompute import recomputes, run_again
 from gptoughts.models.specs.backends import SpecBackend, select_backend
@@ -51,7 +52,7 @@ def grouped_query_attention(
         params={"attn_mask_type": attn_mask_type},
         submodules=SelfAttentionSubmodules(
             linear_qkv=backend.column_parallel_linear,
-            core_attention=backend.core_attention,
+            core_attention=context_parallel(backend.core_attention, config),
             linear_proj=backend.row_parallel_linear,
             q_layernorm=head_norm,
             k_layernorm=head_norm,

@@ -10,6 +10,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import MLATransformerConfig
 
 from gptoughts.models.attention import MLASelfAttention
+from gptoughts.models.context_attention import context_parallel
 from gptoughts.models.specs.backends import SpecBackend, select_backend
 from gptoughts.models.specs.dense import decoder_block, decoder_layer
 
@@ -38,7 +39,7 @@ def mla_attention(config: MLATransformerConfig, backend: SpecBackend, attn_mask_
             linear_q_up_proj=backend.column_parallel_linear,
             linear_kv_down_proj=backend.replicated_linear,
             linear_kv_up_proj=backend.column_parallel_linear,
-            core_attention=backend.core_attention,
+            core_attention=context_parallel(backend.core_attention, config),
             linear_proj=backend.row_parallel_linear,
             # 0.19 refuses a norm of a latent that is not there (transformer/mla_qk_norm_config.py:259, 0.19.2).
             q_layernorm=backend.norm if config.q_lora_rank is not None else IdentityOp,
