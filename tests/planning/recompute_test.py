@@ -129,8 +129,11 @@ def test_recompute_is_proposed_where_memory_is_short() -> None:
         stated = [f"--parallel.{field}={value}" for field, value in fields.items()]
         needed = min(plan.memory.total for plan in plans(*shape, *stated, "--gpu_memory_gib", "80"))
         found = plans(*shape, "--gpu_memory_gib", str(1.001 * needed / 2**30 / 0.9))
-        assert {describe(plan.config.parallel) for plan in found} == {kind}
-        assert max(plan.memory.total for plan in found) <= 1.001 * needed
+        assert min(found, key=lambda plan: plan.memory.total).memory.total <= 1.001 * needed
+        # Of plans with other ZeRO stages, some need more than this kind.
+        kinds = {describe(plan.config.parallel) for plan in found}
+        assert kind in kinds
+        assert "" not in kinds
 
 
 def test_the_command_starts_what_was_planned() -> None:
