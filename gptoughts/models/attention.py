@@ -16,7 +16,7 @@ c latent rank (q_lora_rank or kv_lora_rank), d rotary size, p places of a cache.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -38,6 +38,7 @@ from torch import Tensor
 from gptoughts.models.core_attention import attend_heads
 from gptoughts.models.kv_cache import LayerCache
 from gptoughts.models.norms import mark_partial_gradients
+from gptoughts.models.recompute import RemadeOutputs, recomputes, run_again
 from gptoughts.models.rotary import rotate
 
 
@@ -65,7 +66,7 @@ def _taken_for_column_parallel(linear: Any) -> Iterator[None]:
 
 
 class _CoreCall:
-    """What both layers share: recomputation of the core attention, packing, and a cache that may be attached."""
+    """What both layers share: the core attention's call, packing, and a cache that may be attached."""
 
     cache: LayerCache | None = None
     """What a forward without gradients writes to and looks at; set by ``kv_cache.attached``."""
@@ -95,12 +96,12 @@ class _CoreCall:
         mask_type = self.attn_mask_type  # type: ignore[attr-defined]
         if mask is not None and mask_type is AttnMaskType.no_mask:
             mask_type = AttnMaskType.arbitrary  # Transformer Engine ignores a mask under no_mask
-        if self.checkpoint_core_attention and self.training:  # type: ignore[attr-defined]
-            attend = self._checkpointed_attention_forward  # type: ignore[attr-defined]
-        else:
-            attend = self.core_attention  # type: ignore[attr-defined]
+        attend = self.core_attention  # type: ignore[attr-defined]
         out = attend(query, key, value, mask, attn_mask_type=mask_type, packed_seq_params=packed)
         return out.reshape(out.size(0), 1, -1) if packed is not None else out
+
+    def _is_recomputed(self, module: str) -> bool:
+        return self.training and recomputes(self.config, module)  # type: ignore[attr-defined]
 
 
 class SelfAttention(_CoreCall, UpstreamSelfAttention):
@@ -137,19 +138,31 @@ class SelfAttention(_CoreCall, UpstreamSelfAttention):
         Collective: tensor-parallel group.
         """
         _refuse(upstream_options)
-        query, key, value = self._split_heads(self.linear_qkv(hidden_states)[0])
+        mixed, _ = self.linear_qkv(hidden_states)
+        if self.cache is not None:
+            _refuse({"attention_mask": attention_mask, "packed_seq_params": packed_seq_params})
+            query, key, value = self._heads(mixed, rotary_pos_emb)
+            keys, values = self.cache.store(key, value)
+            scale = self.hidden_size_per_attention_head**-0.5
+            return self.linear_proj(self._cached_core(query, keys, values, scale))
+
+        def attend(mixed: Tensor, table: Tensor | None) -> Tensor:
+            return self._core(*self._heads(mixed, table), attention_mask, packed_seq_params)
+
+        if self._is_recomputed("core_attn"):
+            return self.linear_proj(run_again(self.config, attend, mixed, rotary_pos_emb))
+        return self.linear_proj(attend(mixed, rotary_pos_emb))
+
+    def _heads(self, mixed: Tensor, table: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Normed and turned heads, from the projection."""
+        query, key, value = self._split_heads(mixed)
         if self.q_layernorm is not None:
             query = self.q_layernorm(query)
         if self.k_layernorm is not None:
             key = self.k_layernorm(key)
-        if rotary_pos_emb is not None:
-            query, key = rotate(query, rotary_pos_emb), rotate(key, rotary_pos_emb)
-        if self.cache is not None:
-            _refuse({"attention_mask": attention_mask, "packed_seq_params": packed_seq_params})
-            keys, values = self.cache.store(key, value)
-            scale = self.hidden_size_per_attention_head**-0.5
-            return self.linear_proj(self._cached_core(query, keys, values, scale))
-        return self.linear_proj(self._core(query, key, value, attention_mask, packed_seq_params))
+        if table is not None:
+            query, key = rotate(query, table), rotate(key, table)
+        return query, key, value
 
     def kept_shapes(self) -> tuple[tuple[int, int], ...]:
         """A key and a value per key/value head (see ``kv_cache``)."""
@@ -190,15 +203,62 @@ class MLASelfAttention(_CoreCall, UpstreamMLASelfAttention):
         """
         _refuse(upstream_options)
         assert rotary_pos_emb is not None, "latent attention has no position but the rotary part's"
-        query = self._query(hidden_states, rotary_pos_emb)
+        query_latent = self._query_latent(hidden_states)
         latent, shared = self._latent(hidden_states)
-        turned = rotate(shared.unsqueeze(2), rotary_pos_emb)
         if self.cache is not None:
             _refuse({"attention_mask": attention_mask, "packed_seq_params": packed_seq_params})
-            (kept,) = self.cache.store(torch.cat((latent.unsqueeze(2), turned), dim=-1))
+            turned = rotate(shared.unsqueeze(2), rotary_pos_emb)
+            (kept,) = self.cache.store(torch.cat((self.kv_layernorm(latent).unsqueeze(2), turned), dim=-1))
+            query = self._query(self._projected_query(query_latent), rotary_pos_emb)
             return self.linear_proj(self._attend_latents(query, kept.squeeze(1)))
-        key, value = self._expand(latent, turned)
-        return self.linear_proj(self._core(query, key, value, attention_mask, packed_seq_params))
+
+        def core(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            return self._core(query, key, value, attention_mask, packed_seq_params)
+
+        return self.linear_proj(self._attend(core, query_latent, latent, shared, rotary_pos_emb))
+
+    def _attend(
+        self, core: Callable[..., Tensor], query_latent: Tensor, latent: Tensor, shared: Tensor, table: Tensor
+    ) -> Tensor:
+        """``core`` of the heads that the latents give, with the parts recomputed that are to be."""
+
+        def attend(query_latent: Tensor, latent: Tensor, shared: Tensor, table: Tensor) -> Tensor:
+            return attend_to_projected(
+                self._projected_query(query_latent), self._projected_key_value(latent), shared, table
+            )
+
+        def attend_to_projected(query: Tensor, expanded: Tensor, shared: Tensor, table: Tensor) -> Tensor:
+            return core(self._query(query, table), *self._key_value(expanded, rotate(shared.unsqueeze(2), table)))
+
+        has_core, has_projections = self._is_recomputed("core_attn"), self._is_recomputed("mla_up_proj")
+        if has_core and has_projections:
+            return run_again(self.config, attend, query_latent, latent, shared, table)
+        if has_core:
+            projected = self._projected_query(query_latent), self._projected_key_value(latent)
+            return run_again(self.config, attend_to_projected, *projected, shared, table)
+        if not (has_projections and torch.is_grad_enabled()):
+            return attend(query_latent, latent, shared, table)
+        return self._attend_to_remade(core, query_latent, latent, shared, table)
+
+    def _attend_to_remade(
+        self, core: Callable[..., Tensor], query_latent: Tensor, latent: Tensor, shared: Tensor, table: Tensor
+    ) -> Tensor:
+        """``core``, which keeps neither keys and values nor queries that have a latent."""
+
+        def query() -> Tensor:
+            return self._query(self._projected_query(query_latent), table)
+
+        def key_value() -> tuple[Tensor, Tensor]:
+            return self._key_value(self._projected_key_value(latent), rotate(shared.unsqueeze(2), table))
+
+        heads = (query(), *key_value())
+        if self.config.q_lora_rank is None:
+            # Queries without a latent are made of the hidden states, which a remade norm does not keep.
+            remade = RemadeOutputs(heads[1:], key_value)
+        else:
+            remade = RemadeOutputs(heads, lambda: (query(), *key_value()))
+        with remade.kept_by_nobody():
+            return core(*heads)
 
     def kept_shapes(self) -> tuple[tuple[int, int], ...]:
         """The latent and the turned rotary key, which all heads share (see ``kv_cache``)."""
@@ -259,19 +319,27 @@ class MLASelfAttention(_CoreCall, UpstreamMLASelfAttention):
         names = ("linear_q_proj", "linear_q_up_proj", "linear_kv_up_proj", "q_layernorm", "kv_layernorm")
         return {name: getattr(submodules, name) for name in names}
 
-    def _query(self, hidden_states: Tensor, table: Tensor) -> Tensor:
-        """[s, b, h] to [s, b, np, qk_head_dim + d]."""
+    def _query_latent(self, hidden_states: Tensor) -> Tensor:
+        """[s, b, c] of this rank's part of the sequence; the hidden states where queries have no latent."""
         if self.config.q_lora_rank is None:
-            query, _ = self.linear_q_proj(hidden_states)
-        else:
-            latent, _ = self.linear_q_down_proj(hidden_states)
-            query, _ = self.linear_q_up_proj(self.q_layernorm(self._whole_latent(latent, self.config.q_lora_rank)))
-        heads = query.view(*query.shape[:2], self.num_attention_heads_per_partition, self.q_head_dim)
+            return hidden_states
+        latent, _ = self.linear_q_down_proj(hidden_states)
+        return self._whole_latent(latent, self.config.q_lora_rank)
+
+    def _projected_query(self, latent: Tensor) -> Tensor:
+        """[s, b, np * (qk_head_dim + d)] of what :meth:`_query_latent` gives."""
+        if self.config.q_lora_rank is None:
+            return self.linear_q_proj(latent)[0]
+        return self.linear_q_up_proj(self.q_layernorm(latent))[0]
+
+    def _query(self, projected: Tensor, table: Tensor) -> Tensor:
+        """[s, b, np, qk_head_dim + d], turned."""
+        heads = projected.view(*projected.shape[:2], self.num_attention_heads_per_partition, self.q_head_dim)
         plain, turned = heads.split([self.config.qk_head_dim, self.config.qk_pos_emb_head_dim], dim=-1)
         return torch.cat((plain, rotate(turned, table)), dim=-1)
 
     def _latent(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
-        """[s, b, h] to RMS(c), [s, b, c] (under sequence parallelism of this rank's part), and k_r, [s, b, d]."""
+        """[s, b, h] to c, [s, b, c] (under sequence parallelism of this rank's part), and k_r, [s, b, d]."""
         config = self.config
         sizes = [config.kv_lora_rank, config.qk_pos_emb_head_dim]
         combined, _ = self.linear_kv_down_proj(hidden_states)
@@ -287,17 +355,22 @@ class MLASelfAttention(_CoreCall, UpstreamMLASelfAttention):
             # Each rank's gradient of the shared rotary key comes from its own heads: sum it. megatron-core does not
             # (transformer/multi_latent_attention.py:585, 0.16.1), so its gradients with tensor parallelism are off.
             shared = copy_to_tensor_model_parallel_region(shared)
-        return self.kv_layernorm(latent), shared
+        return latent, shared
+
+    def _projected_key_value(self, latent: Tensor) -> Tensor:
+        """[s, b, np * (qk_head_dim + v_head_dim)] of c."""
+        return self.linear_kv_up_proj(self.kv_layernorm(latent))[0]
 
     def _expand(self, latent: Tensor, turned: Tensor) -> tuple[Tensor, Tensor]:
         """RMS(c) and turned rotary keys [s, b, 1, d] to [s, b, np, qk_head_dim + d] and [s, b, np, v_head_dim]."""
-        config = self.config
-        expanded, _ = self.linear_kv_up_proj(latent)
-        heads = expanded.view(
-            *expanded.shape[:2], self.num_attention_heads_per_partition, config.qk_head_dim + config.v_head_dim
-        )
+        return self._key_value(self.linear_kv_up_proj(latent)[0], turned)
+
+    def _key_value(self, projected: Tensor, turned: Tensor) -> tuple[Tensor, Tensor]:
+        """What :meth:`_projected_key_value` gives, and turned rotary keys: the same."""
+        config, num_heads = self.config, self.num_attention_heads_per_partition
+        heads = projected.view(*projected.shape[:2], num_heads, config.qk_head_dim + config.v_head_dim)
         plain, value = heads.split([config.qk_head_dim, config.v_head_dim], dim=-1)
-        return torch.cat((plain, turned.expand(-1, -1, plain.size(2), -1)), dim=-1), value
+        return torch.cat((plain, turned.expand(-1, -1, num_heads, -1)), dim=-1), value
 
     def _whole_latent(self, latent: Tensor, size: int) -> Tensor:
         """The whole latent of this rank's part of the sequence, from a column-parallel or a replicated projection."""
