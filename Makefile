@@ -19,10 +19,11 @@ RUN         ?= runs/$(MODEL_TYPE)-$(SIZE)
 DS_CONFIG   ?= ds_configs/zero3.json
 PROMPT      ?= def read_lines(path):
 ARGS        ?=
+# Tests run in this many processes; each keeps pools of up to four ranks, about 6 GB in all.
+TEST_WORKERS ?= 2
+PYTEST      = $(BIN)/python -m pytest -q -n $(TEST_WORKERS) --dist worksteal
 VOCAB_SIZE  ?= 8192
 CORPUS      ?= data_cache/stdlib-$(VOCAB_SIZE)
-# A masked-diffusion model cannot continue a prompt token after token.
-HAS_SAMPLE  := $(filter-out llada,$(MODEL_TYPE))
 
 # Ranks on one CPU share its cores; DeepSpeed finds its compiler helper (ninja) on PATH.
 export OMP_NUM_THREADS ?= $(shell echo $$(( $(CORES) / $(RANKS) > 0 ? $(CORES) / $(RANKS) : 1 )))
@@ -67,7 +68,7 @@ corpus: $(DATA)_train.idx  ## tokenizer and indexed files of the default corpus 
 pretrain: $(INSTALLED) corpus  ## the main job: train, print a sample, draw the loss curve; run again to go on
 	$(BIN)/deepspeed --log_level warning --num_accelerators $(RANKS) launchers/pretrain.py --model_type $(MODEL_TYPE) --size $(SIZE) \
 	  --data $(DATA) --deepspeed_config $(DS_CONFIG) --output_dir $(RUN) --train.steps $(STEPS) $(ARGS)
-	$(if $(HAS_SAMPLE),@$(MAKE) --no-print-directory sample)
+	@$(MAKE) --no-print-directory sample
 
 sample: $(INSTALLED)  ## continue PROMPT with the newest checkpoint of RUN
 	$(BIN)/python launchers/generate.py --checkpoint $(RUN) --prompt "$(PROMPT)"
@@ -76,10 +77,10 @@ plot: $(INSTALLED)  ## draw the loss curve of RUN
 	$(BIN)/python tools/plot_run.py $(RUN)
 
 test: $(DEV)  ## all tests but the slow ones
-	$(BIN)/python -m pytest -q -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-all: $(DEV)  ## all tests
-	$(BIN)/python -m pytest -q
+	$(PYTEST)
 
 check: $(DEV)  ## linters and types
 	$(BIN)/ruff check .
