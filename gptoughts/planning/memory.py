@@ -30,7 +30,7 @@ from gptoughts.config.model import ModelConfig
 from gptoughts.models.expert_shape import ExpertFields
 from gptoughts.models.flops import StageParameters, stage_parameters
 from gptoughts.planning import activations
-from gptoughts.planning.activations import WIDTHS, Microbatch
+from gptoughts.planning.layers import WIDTHS, Microbatch, microbatch
 from gptoughts.planning.zero import ZeroSettings
 
 _FP32 = 4
@@ -178,7 +178,7 @@ class StageNeeds:
     logits: int
     temporaries: int
     copied_elements: int
-    """Of a tied embedding that another stage owns."""
+    """Of an embedding that another stage owns."""
     layer_elements: int
     """Parameters of the largest layer on a rank."""
     tensor_elements: int = 0
@@ -216,14 +216,15 @@ def stage_needs(
         output_fraction: Part of the positions at which the output layer runs, where the objective selects some; all of
             them is the most that can occur.
     """
-    batch, parallel, model = activations.microbatch(config), config.parallel, config.model
+    batch, parallel, model = microbatch(config), config.parallel, config.model
     layer = max(model.parameters_of_layer(index) for index in (0, model.num_layers - 1))
     routed = model.routed_parameters_of_layer(model.num_layers - 1)
     layer_elements = (layer - routed + routed // parallel.expert) // parallel.tensor
     found = []
     for stage, parameters in enumerate(stage_parameters(model, parallel)):
         is_last = stage == parallel.pipeline - 1
-        is_copied = is_last and parallel.pipeline > 1 and not model.untie_embeddings_and_output_weights
+        needs_embedding = not model.untie_embeddings_and_output_weights or model.mtp_depths() > 0
+        is_copied = is_last and parallel.pipeline > 1 and needs_embedding
         kept = activations.stage_activation_bytes(config, batch, stage, num_microbatches, output_fraction)
         sent = activations.pipeline_output_bytes(config, batch, stage, num_microbatches)
         found.append(
@@ -256,7 +257,7 @@ def rank_memory(needs: StageNeeds, zero: ZeroSettings, width: int) -> RankMemory
         width,
         layer_elements=needs.layer_elements,
         kept=needs.kept,
-        # The copy of a tied embedding has an fp32 gradient during a step.
+        # The copy of an embedding has an fp32 gradient during a step.
         temporaries=needs.temporaries + _FP32 * needs.copied_elements + cut_gradient_bytes(needs, zero, width),
     )
     on_host = [name for name, is_there in _offloaded(zero).items() if is_there]
