@@ -34,7 +34,7 @@ setup(
         "wandb": ["wandb"],
         "tensorboard": ["tensorboard"],
         "eval": ["lm-eval"],
-        "dev": ["pytest", "ruff", "mypy", "types-PyYAML", "tensorboard"],
+        "dev": ["pytest", "pytest-xdist", "ruff", "mypy", "types-PyYAML", "tensorboard"],
     },
     entry_points={
         "console_scripts": [

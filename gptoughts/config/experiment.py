@@ -14,7 +14,8 @@ from gptoughts.config.model import ModelConfig
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """How ranks are arranged; data parallelism takes what is left of the world size."""
+    """How ranks are arranged, and what each keeps of a layer's forward; data parallelism takes what is left of the
+    world size."""
 
     tensor: int = 1
     """Ranks that share each layer's matrices (tensor parallelism)."""
@@ -32,6 +33,17 @@ class ParallelConfig:
     for tokens, so that num_attention_heads / tensor has to be a multiple."""
     sequence: bool = False
     """Shard norms and residuals over the tensor-parallel ranks along the sequence (needs tensor > 1)."""
+    recompute_granularity: Literal["none", "full", "selective"] = "none"
+    """Activations that backward computes anew instead of keeping them: none, those of whole layers (full), or those of
+    the parts of every layer that recompute_modules names (selective). Numbers stay the same to the bit."""
+    recompute_method: Literal["uniform", "block"] | None = None
+    """full only: every layer, in groups of recompute_num_layers of which the input alone is kept (uniform, the
+    default), or the first recompute_num_layers layers of each stage's chunk and no others (block)."""
+    recompute_num_layers: int | None = None
+    """full only: layers per group (uniform) or per chunk (block); unset: 1."""
+    recompute_modules: str | None = None
+    """selective only, e.g. core_attn,mlp: of core_attn, layernorm, mlp, and where the model has them mla_up_proj, moe,
+    shared_experts; unset: core_attn."""
     timeout_seconds: float = 600.0
     """How long a collective may wait before the run fails, in seconds."""
     heartbeat_seconds: float = 30.0
@@ -114,6 +126,54 @@ class CheckpointConfig:
     """Train on while files are written; takes memory for a copy of what each rank writes (12 bytes per parameter)."""
 
 
+Action = Literal["skip", "rollback", "fallback", "cut_lr", "stop"]
+
+
+@dataclass(frozen=True)
+class StabilityConfig:
+    """The guard that watches loss and gradient norm, and what it does when a run goes wrong (docs/stability.md)."""
+
+    enabled: bool = True
+    """Watch. Without it a step with non-finite gradients is still skipped, but nothing else is done about it."""
+    on_non_finite: Action = "skip"
+    """Loss or gradient norm is NaN or infinite. skip: drop the update; rollback: go back to the last good state and
+    leave the samples out; fallback: roll back and take layers out of FP8; cut_lr: roll back and lower the learning rate
+    for some steps; stop: put back the last good state, save it, end the run."""
+    on_loss_spike: Action = "skip"
+    """The loss lies more than loss_zscore above what it was."""
+    on_grad_spike: Action = "skip"
+    """The gradient norm lies more than grad_norm_zscore above what it was."""
+    loss_zscore: float = 10.0
+    """Limit in robust standard deviations (1.4826 times the median distance from the median) over window_steps."""
+    grad_norm_zscore: float = 20.0
+    """The same for the gradient norm, which varies more."""
+    window_steps: int = 64
+    """Applied steps that a figure is compared with."""
+    min_window_steps: int = 16
+    """Applied steps before anything counts as a spike."""
+    snapshot_interval_steps: int = 100
+    """Copy this rank's weights and moments to the host's memory every so many steps (12 bytes per parameter of the
+    rank); 0: roll back to checkpoints only."""
+    max_skips: int = 3
+    """Updates skipped in a row; the next trouble rolls back."""
+    max_rollbacks: int = 2
+    """Rollbacks without calm_steps between them; the next trouble takes layers out of FP8, or where none is in it cuts
+    the learning rate."""
+    fallback_layers: list[str] = field(default_factory=list)
+    """What a fallback takes out of FP8, in the words of fp8.keep_bf16; empty: the layer in which the first non-finite
+    value appeared, or everything where that is not known."""
+    max_lr_cuts: int = 2
+    """Cuts without calm_steps between them; the next trouble stops the run."""
+    calm_steps: int = 20
+    """Steps beyond the latest trouble after which rollbacks and cuts are forgotten."""
+    lr_cut_factor: float = 0.5
+    """What cut_lr multiplies the learning rate by."""
+    lr_cut_steps: int = 100
+    """For how many steps."""
+    replay: bool = True
+    """Run the microbatches of a non-finite step once more, with hooks that find where the first such value appears."""
+
+
 @dataclass(frozen=True)
 class Fp8Config:
     """FP8 with delayed scaling (docs/fp8.md); the JSON's ``fp8`` block is its home, flags fill ``"auto"`` there."""
@@ -185,5 +245,6 @@ class ExperimentConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    stability: StabilityConfig = field(default_factory=StabilityConfig)
     fp8: Fp8Config = field(default_factory=Fp8Config)
     log: LogConfig = field(default_factory=LogConfig)

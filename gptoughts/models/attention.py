@@ -4,73 +4,42 @@ megatron-core's forward is written around its inference engine and CUDA kernels:
 several times and recomputes cos and sin in every layer. Here the heads stay views of the projection until they are
 turned. ``rotary_pos_emb`` is the table of ``models.rotary``, made once per forward by the language model.
 
-With a cache (``models.kv_cache``) the layers see new tokens only and look at what is kept of the others. Latent
-attention keeps RMS(c) and rope(k_r), which all heads share, and absorbs the projections of keys and values into those
-of queries and output where the new tokens are few (DeepSeek-V2, arXiv:2405.04434, section 2.1.2):
-
-    q' = q_n W_uk,    score = (q' . RMS(c) + rope(q_r) . rope(k_r)) * scale,    o = (softmax(score) RMS(c)) W_uv^T.
+With a cache (``models.kv_cache``) the layers see new tokens only and look at what is kept of the others.
 
 Legend: s sequence, b microbatch, h hidden, np heads on this rank, ng key/value heads on this rank, hn head dim,
-c latent rank (q_lora_rank or kv_lora_rank), d rotary size, p places of a cache.
+p places of a cache.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
-import torch
 from megatron.core.packed_seq_params import PackedSeqParams
-from megatron.core.tensor_parallel.mappings import (
-    copy_to_tensor_model_parallel_region,
-    gather_from_sequence_parallel_region,
-    gather_from_tensor_model_parallel_region,
-    scatter_to_sequence_parallel_region,
-)
-from megatron.core.transformer import multi_latent_attention
 from megatron.core.transformer.attention import SelfAttention as UpstreamSelfAttention
 from megatron.core.transformer.enums import AttnMaskType
-from megatron.core.transformer.multi_latent_attention import MLASelfAttention as UpstreamMLASelfAttention
-from megatron.core.transformer.multi_latent_attention import MLASelfAttentionSubmodules
 from torch import Tensor
 
 from gptoughts.models.core_attention import attend_heads
 from gptoughts.models.kv_cache import LayerCache
 from gptoughts.models.norms import mark_partial_gradients
+from gptoughts.models.recompute import recomputes, run_again
 from gptoughts.models.rotary import rotate
 
 
-def _refuse(given: dict[str, Any]) -> None:
+def refuse_options(given: dict[str, Any]) -> None:
     """megatron-core's layer passes every option of its inference engine; none may be set."""
     set_options = sorted(name for name, value in given.items() if value is not None)
     if set_options:
         raise ValueError(f"self-attention was given {', '.join(set_options)}; its cache is models.kv_cache's")
 
 
-@contextmanager
-def _taken_for_column_parallel(linear: Any) -> Iterator[None]:
-    """Inside, megatron-core's latent attention takes a class of ours for the column-parallel layer that it is.
-
-    It tells the down projections' classes apart by name, so that it knows no subclass
-    (transformer/multi_latent_attention.py:410, 0.16.1; line 527 of 0.19.2).
-    """
-    upstream = multi_latent_attention.ColumnParallelLinear
-    if isinstance(linear, type) and issubclass(linear, upstream):
-        multi_latent_attention.ColumnParallelLinear = linear  # type: ignore[misc]
-    try:
-        yield
-    finally:
-        multi_latent_attention.ColumnParallelLinear = upstream  # type: ignore[misc]
-
-
-class _CoreCall:
-    """What both layers share: recomputation of the core attention, packing, and a cache that may be attached."""
+class CoreCall:
+    """What both layers share: the core attention's call, packing, and a cache that may be attached."""
 
     cache: LayerCache | None = None
     """What a forward without gradients writes to and looks at; set by ``kv_cache.attached``."""
 
-    def _cached_core(self, query: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
+    def cached_core(self, query: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
         """[s, b, np, hn] over kept [b, ng, p, hn] and [b, ng, p, hn_v]; returns [s, b, np * hn_v]."""
         assert self.cache is not None
         window = self.cache.window
@@ -87,7 +56,7 @@ class _CoreCall:
         )
         return out.permute(2, 0, 1, 3).reshape(s, b, -1)
 
-    def _core(
+    def core(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, packed: PackedSeqParams | None
     ) -> Tensor:
         if packed is not None:
@@ -95,15 +64,15 @@ class _CoreCall:
         mask_type = self.attn_mask_type  # type: ignore[attr-defined]
         if mask is not None and mask_type is AttnMaskType.no_mask:
             mask_type = AttnMaskType.arbitrary  # Transformer Engine ignores a mask under no_mask
-        if self.checkpoint_core_attention and self.training:  # type: ignore[attr-defined]
-            attend = self._checkpointed_attention_forward  # type: ignore[attr-defined]
-        else:
-            attend = self.core_attention  # type: ignore[attr-defined]
+        attend = self.core_attention  # type: ignore[attr-defined]
         out = attend(query, key, value, mask, attn_mask_type=mask_type, packed_seq_params=packed)
         return out.reshape(out.size(0), 1, -1) if packed is not None else out
 
+    def is_recomputed(self, module: str) -> bool:
+        return self.training and recomputes(self.config, module)  # type: ignore[attr-defined]
 
-class SelfAttention(_CoreCall, UpstreamSelfAttention):
+
+class SelfAttention(CoreCall, UpstreamSelfAttention):
     """Multi-head or grouped-query attention with rotary embedding."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -136,20 +105,32 @@ class SelfAttention(_CoreCall, UpstreamSelfAttention):
 
         Collective: tensor-parallel group.
         """
-        _refuse(upstream_options)
-        query, key, value = self._split_heads(self.linear_qkv(hidden_states)[0])
+        refuse_options(upstream_options)
+        mixed, _ = self.linear_qkv(hidden_states)
+        if self.cache is not None:
+            refuse_options({"attention_mask": attention_mask, "packed_seq_params": packed_seq_params})
+            query, key, value = self._heads(mixed, rotary_pos_emb)
+            keys, values = self.cache.store(key, value)
+            scale = self.hidden_size_per_attention_head**-0.5
+            return self.linear_proj(self.cached_core(query, keys, values, scale))
+
+        def attend(mixed: Tensor, table: Tensor | None) -> Tensor:
+            return self.core(*self._heads(mixed, table), attention_mask, packed_seq_params)
+
+        if self.is_recomputed("core_attn"):
+            return self.linear_proj(run_again(self.config, attend, mixed, rotary_pos_emb))
+        return self.linear_proj(attend(mixed, rotary_pos_emb))
+
+    def _heads(self, mixed: Tensor, table: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Normed and turned heads, from the projection."""
+        query, key, value = self._split_heads(mixed)
         if self.q_layernorm is not None:
             query = self.q_layernorm(query)
         if self.k_layernorm is not None:
             key = self.k_layernorm(key)
-        if rotary_pos_emb is not None:
-            query, key = rotate(query, rotary_pos_emb), rotate(key, rotary_pos_emb)
-        if self.cache is not None:
-            _refuse({"attention_mask": attention_mask, "packed_seq_params": packed_seq_params})
-            keys, values = self.cache.store(key, value)
-            scale = self.hidden_size_per_attention_head**-0.5
-            return self.linear_proj(self._cached_core(query, keys, values, scale))
-        return self.linear_proj(self._core(query, key, value, attention_mask, packed_seq_params))
+        if table is not None:
+            query, key = rotate(query, table), rotate(key, table)
+        return query, key, value
 
     def kept_shapes(self) -> tuple[tuple[int, int], ...]:
         """A key and a value per key/value head (see ``kv_cache``)."""
@@ -164,6 +145,7 @@ class SelfAttention(_CoreCall, UpstreamSelfAttention):
         query = heads[..., :per_group, :]
         query = query.squeeze(3) if per_group == 1 else query.reshape(s, b, groups * per_group, head_dim)
         return query, heads[..., per_group, :], heads[..., per_group + 1, :]
+<<<<<<< HEAD
 
 
 class MLASelfAttention(_CoreCall, UpstreamMLASelfAttention):
@@ -308,3 +290,5 @@ class MLASelfAttention(_CoreCall, UpstreamMLASelfAttention):
             return latent
         latent = gather_from_tensor_model_parallel_region(latent)
         return scatter_to_sequence_parallel_region(latent) if self.config.sequence_parallel else latent
+=======
+>>>>>>> main

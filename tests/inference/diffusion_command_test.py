@@ -50,7 +50,12 @@ def test_other_families_refuse_every_flag_by_name() -> None:
         ),
         (["--infill=no hole"], 0, ["infill (command line): the text has no hole"]),
         (["--infill=a[MASK*7]", "--block_length=8"], 0, ["block_length=8 (command line): from 1 to the number of"]),
-        (["--infill=a[MASK*7]", "--max_new_tokens=7"], 0, ["max_new_tokens=7 (command line): how many"]),
+        (
+            ["--infill=a[MASK*7]", "--max_new_tokens=7", "--stop=x"],
+            0,
+            ["max_new_tokens=7 (command line): what is", "stop=x (command line): what is to be found"],
+        ),
+        (["--stop=", "--batch_rows=0"], 1, ["stop= (command line): an empty", "batch_rows=0 (command line): at least"]),
         (
             ["--show", "--save_animation=out.gif"],
             2,
