@@ -2,9 +2,9 @@
 
 At a few rows a layer's time is that of reading its weights, and of calling it: megatron-core's modules cost about as
 much as the products of a small model. Here the same weights go through the same formulas (``models.attention``,
-``models.swiglu``, ``models.norms``) without modules between them: norm, one product for query, key and value, one turn
-of the rotary parts, attention over the cache, one product that adds to the residual, and so on. The modules stay the
-reference; tests compare the two.
+``models.latent_attention``, ``models.swiglu``, ``models.norms``) without modules between them: norm, one product for
+query, key and value, one turn of the rotary parts, attention over the cache, one product that adds to the residual, and
+so on. The modules stay the reference; tests compare the two.
 
 Matrices are laid out by input (:func:`lay_out_for_decoding`): MKL's product of few rows with a matrix is about one and
 a half times as fast there as with the usual layout, by output.
@@ -24,9 +24,10 @@ from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP
 from torch import Tensor, nn
 
-from gptoughts.models.attention import MLASelfAttention, SelfAttention
+from gptoughts.models.attention import SelfAttention
 from gptoughts.models.core_attention import attend_heads
 from gptoughts.models.kv_cache import CacheWindow, KVCache, LayerCache
+from gptoughts.models.latent_attention import MLASelfAttention
 from gptoughts.models.moe import MixtureOfExperts
 from gptoughts.models.norms import RMSNorm
 
