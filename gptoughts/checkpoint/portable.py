@@ -225,6 +225,8 @@ class CheckpointReader:
         Raises:
             CheckpointError: the checkpoint has no such tensor, or one of another shape.
         """
+        if wanted.initial is not None and (wanted.name, wanted.kind) not in self._tensors:
+            return torch.full((wanted.tensor.numel(),), wanted.initial)
         saved = self.describe(wanted.name, wanted.kind)
         now_size = 1 if wanted.partition_dim is None else tensor_size
         stop = wanted.start + wanted.tensor.numel()
@@ -240,7 +242,9 @@ class CheckpointReader:
         return part.reshape(-1)[wanted.start : stop]
 
     def _shape_problem(self, wanted: StateFragment, saved: SavedTensor) -> str:
-        return f"{self.folder}: {wanted.name} has shard shape {saved.shard_shape} there, {wanted.shard_shape} here"
+        text = f"{self.folder}: {wanted.name} has shard shape {saved.shard_shape} there, {wanted.shard_shape} here"
+        is_history = "amax_history" in wanted.name
+        return f"{text}; fp8.amax_history_len stays the same within a run" if is_history else text
 
     def rng(self, rank: int) -> dict[str, Tensor]:
         """Generator states that one rank saved; empty where that rank did not exist."""
@@ -259,7 +263,7 @@ class CheckpointReader:
         here, there = set(names), set(self.names())
         problems = [f"{self.folder}: has no tensor {name!r}, which this model needs" for name in sorted(here - there)]
         problems += [f"{self.folder}: has {name!r}, which this model does not have" for name in sorted(there - here)]
-        kinds = {(fragment.name, fragment.kind) for fragment in fragments}
+        kinds = {(fragment.name, fragment.kind) for fragment in fragments if fragment.initial is None}
         problems += [
             f"{self.folder}: has no {kind} of {name!r}"
             for name, kind in sorted(kinds)

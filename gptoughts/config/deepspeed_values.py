@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gptoughts.config.deepspeed_json import AUTO, DeepSpeedJson
+from gptoughts.config.fp8 import FP8_CHOICES, with_always_kept
 from gptoughts.config.options import LARGEST, did_you_mean
 
 
@@ -45,6 +46,31 @@ def tree_values(found: DeepSpeedJson, problems: list[str]) -> dict[str, JsonValu
     values |= _precision(found, problems)
     values |= _optimizer(found, problems)
     values |= _scheduler(found, problems)
+    values |= _fp8(found, problems)
+    return values
+
+
+def _fp8(found: DeepSpeedJson, problems: list[str]) -> dict[str, JsonValue]:
+    """The ``fp8`` block; numbers and texts of a wrong type have been reported."""
+    values = {}
+    for key, allowed in FP8_CHOICES.items():
+        value = found.at(f"fp8.{key}")
+        if isinstance(value, str) and value != AUTO:
+            if value in allowed:
+                values[f"fp8.{key}"] = JsonValue(value, f"fp8.{key}", value)
+            else:
+                problems.append(
+                    f'{found.label}: fp8.{key}="{value}": allowed: {", ".join(allowed)}' + did_you_mean(value, allowed)
+                )
+    for key in ("margin", "amax_history_len"):
+        value = found.concrete(f"fp8.{key}")
+        if _is_number(value):
+            values[f"fp8.{key}"] = JsonValue(int(value), f"fp8.{key}", value)
+    kept = found.concrete("fp8.keep_bf16")
+    if isinstance(kept, list) and all(isinstance(word, str) for word in kept):
+        values["fp8.keep_bf16"] = JsonValue(with_always_kept(kept), "fp8.keep_bf16", kept)
+    elif kept is not None:
+        problems.append(f'{found.label}: fp8.keep_bf16={kept}: expected a list of texts, or "auto"')
     return values
 
 

@@ -115,6 +115,29 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True)
+class Fp8Config:
+    """FP8 with delayed scaling (docs/fp8.md); the JSON's ``fp8`` block is its home, flags fill ``"auto"`` there."""
+
+    format: Literal["hybrid", "e4m3"] | None = None
+    """hybrid: E4M3 forward, E5M2 for gradients; e4m3: E4M3 for both. Unset: the JSON's, else hybrid."""
+    recipe: Literal["delayed"] | None = None
+    """How scales are found: from the largest magnitudes of earlier steps. Unset: delayed."""
+    margin: int | None = None
+    """Scales are divided by 2^margin, which leaves room below the largest FP8 number; unset: the JSON's, else 0."""
+    amax_history_len: int | None = None
+    """Updates over which largest magnitudes are remembered; unset: the JSON's, else 1024."""
+    amax_compute_algo: Literal["max", "most_recent"] | None = None
+    """The scale follows the largest magnitude in the history (max) or the newest. Unset: the JSON's, else max."""
+    backend: Literal["auto", "te", "emulated"] | None = None
+    """te: Transformer Engine's kernels; emulated: the same numbers on any device; auto: te where it runs."""
+    keep_bf16: list[str] = field(default_factory=list)
+    """Layers that stay out of FP8: first_N_layers, last_N_layers, names of modules with * and ?, or auto, which reads
+    them from fp8.report; embedding and output_layer always do."""
+    report: str | None = None
+    """For keep_bf16 auto: run folder (trained with log.fp8) or fp8.jsonl that says which layers FP8 does not suit."""
+
+
+@dataclass(frozen=True)
 class LogConfig:
     """What is written while training."""
 
@@ -159,4 +182,5 @@ class ExperimentConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    fp8: Fp8Config = field(default_factory=Fp8Config)
     log: LogConfig = field(default_factory=LogConfig)

@@ -10,6 +10,7 @@ from typing import Any
 from gptoughts.config.deepspeed_json import DeepSpeedJson, expert_parallel_problems, for_deepspeed
 from gptoughts.config.deepspeed_values import JsonValue
 from gptoughts.config.experiment import ExperimentConfig
+from gptoughts.config.fp8 import filled_fp8, fp8_problems
 from gptoughts.config.model import ModelConfig
 from gptoughts.config.options import Option, PresetLike
 from gptoughts.config.pipeline import microbatch_problems
@@ -182,6 +183,7 @@ def resolve(
     config, sources = settle(layers, model_class, problems=problems, inspect=inspect)
     found, data_parallel_size = validate(config, sources, world_size=world_size)
     problems += found + expert_parallel_problems(layers.json, config)
+    problems += fp8_problems(config, layers.explicit)
     config, num_microbatches, found = resolve_batch(config, sources, data_parallel_size)
     problems += found or microbatch_problems(config, sources, num_microbatches)
     if problems:
@@ -226,6 +228,7 @@ def _fill(config: ExperimentConfig, sources: dict[str, str]) -> ExperimentConfig
         optim=optim,
         grad_clip=1.0 if config.grad_clip is None else config.grad_clip,
         use_fp8=bool(config.use_fp8),
+        fp8=filled_fp8(config),
     )
 
 

@@ -24,8 +24,6 @@ def validate(config: ExperimentConfig, sources: Mapping[str, str], *, world_size
             f"init_from={config.init_from} ({sources['init_from']}) contradicts resume={config.resume} "
             f"({sources['resume']}); a run either starts from weights or goes on from a checkpoint"
         )
-    if config.use_fp8:
-        problems.append(f"use_fp8=true ({sources['use_fp8']}): FP8 is not built in this version; allowed: false")
     return problems, data_parallel_size
 
 
@@ -40,12 +38,13 @@ def _model_problems(config: ExperimentConfig, sources: Mapping[str, str]) -> lis
 
 _AT_LEAST_ONE = (
     "block_size", "parallel.tensor", "parallel.pipeline", "parallel.virtual_pipeline", "parallel.expert",
-    "parallel.context", "log.interval_steps", "train.steps",
+    "parallel.context", "log.interval_steps", "train.steps", "fp8.amax_history_len",
 )  # fmt: skip
 _POSITIVE = ("parallel.timeout_seconds", "optim.lr", "optim.eps")
 _NOT_NEGATIVE = (
     "grad_clip", "data.prefetch_steps", "optim.warmup_steps", "optim.weight_decay", "train.valid_interval_steps",
     "checkpoint.interval_steps", "checkpoint.keep_last", "parallel.heartbeat_seconds",
+    "fp8.margin",
 )  # fmt: skip
 _FRACTIONS = ("optim.min_lr_fraction", "optim.decay_fraction")
 _BELOW_ONE = ("optim.beta1", "optim.beta2")

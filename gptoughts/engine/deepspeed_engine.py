@@ -28,6 +28,7 @@ from gptoughts.engine.interface import (
     AfterStep,
     ForwardOutput,
     ForwardStep,
+    InitialOfBuffer,
     Microbatch,
     NamedBuffers,
     StateFragment,
@@ -97,6 +98,7 @@ class TrainEngine:
         parameter_names: Global name to parameter, each parameter once; the frozen ones may be left out.
         seq_length: Tokens per sequence, for what pipeline stages exchange.
         named_buffers: What a checkpoint holds beyond parameters.
+        initial_of_buffer: Which of these a checkpoint may lack, and what they are then.
         after_step: Called after every update, applied or not.
         shared_embedding_weight: The embedding matrix where two pipeline stages use it: the parameter on the first one,
             a leaf tensor on the last one (``parallel.shared_embedding``).
@@ -113,6 +115,7 @@ class TrainEngine:
         parameter_names: Mapping[str, nn.Parameter],
         seq_length: int = 1,
         named_buffers: NamedBuffers = dict,
+        initial_of_buffer: InitialOfBuffer = lambda _: None,
         after_step: AfterStep | None = None,
         shared_embedding_weight: Tensor | None = None,
     ) -> None:
@@ -135,7 +138,7 @@ class TrainEngine:
         for chunk in self.chunks:
             config: Any = chunk.config
             config.grad_scale_func = self._scale_loss if self._is_fp16 else None
-        self._state = state.TrainingState(self.deepspeed, self._parameters, named_buffers)
+        self._state = state.TrainingState(self.deepspeed, self._parameters, named_buffers, initial_of_buffer)
         self._refresh_shared_embedding()
 
     @property

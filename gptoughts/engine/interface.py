@@ -43,6 +43,10 @@ NamedBuffers = Callable[[], Mapping[str, Tensor]]
 """() -> tensors that belong in a checkpoint but get no gradient, by global name; the same on every rank."""
 
 
+InitialOfBuffer = Callable[[str], float | None]
+"""A buffer's global name -> ``StateFragment.initial``."""
+
+
 @dataclass(frozen=True)
 class StepResult:
     """One optimizer step, equal on all ranks."""
@@ -93,6 +97,8 @@ class StateFragment:
     """megatron-core's partition_stride: 2 for fused SwiGLU (gate and up interleaved per rank), else 1."""
     is_owner: bool
     """Whether this rank writes the fragment."""
+    initial: float | None = None
+    """What all its elements are where a checkpoint lacks it (state of an option that was off); None: it may not."""
 
 
 class Engine(Protocol):

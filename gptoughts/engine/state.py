@@ -20,7 +20,7 @@ import torch
 from megatron.core import parallel_state
 from torch import Tensor, nn
 
-from gptoughts.engine.interface import NamedBuffers, StateFragment
+from gptoughts.engine.interface import InitialOfBuffer, NamedBuffers, StateFragment
 from gptoughts.engine.optimizer import allocate_state, set_step_count, shard_shape, step_count
 from gptoughts.engine.replicated_optimizer import ReplicatedOptimizer
 from gptoughts.engine.zero_engine import ZeroEngine
@@ -53,12 +53,18 @@ class TrainingState:
         engine: DeepSpeed's engine.
         parameters: Global name to parameter.
         named_buffers: Makes the table of buffers; asked each time, since moving a model replaces them.
+        initial_of_buffer: Says which of them a checkpoint may lack.
     """
 
     def __init__(
-        self, engine: ZeroEngine, parameters: Mapping[str, nn.Parameter], named_buffers: NamedBuffers = dict
+        self,
+        engine: ZeroEngine,
+        parameters: Mapping[str, nn.Parameter],
+        named_buffers: NamedBuffers = dict,
+        initial_of_buffer: InitialOfBuffer = lambda _: None,
     ) -> None:
         self._named_buffers = named_buffers
+        self._initial_of_buffer = initial_of_buffer
         self._optimizer: Any = engine.optimizer
         self._stage = engine.zero_optimization_stage()
         # Any: DeepSpeed and megatron-core keep what they know of a parameter in attributes of it.
@@ -91,7 +97,10 @@ class TrainingState:
                     )
                 )
         is_first = is_first_replica and is_first_shard
-        return fragments + [_buffer_fragment(name, b, is_first) for name, b in self._named_buffers().items()]
+        initial_of = self._initial_of_buffer
+        return fragments + [
+            _buffer_fragment(name, buffer, is_first, initial_of(name)) for name, buffer in self._named_buffers().items()
+        ]
 
     def scalars(self) -> dict[str, Any]:
         """Step count and loss scaler, as numbers that JSON holds. Collective: none."""
@@ -193,7 +202,7 @@ def _over_all_experts(parameter: nn.Parameter) -> tuple[tuple[int, ...], int]:
     return (shape[0] * group.size(), *shape[1:]), group.rank() * math.prod(shape)
 
 
-def _buffer_fragment(name: str, buffer: Tensor, is_owner: bool) -> StateFragment:
+def _buffer_fragment(name: str, buffer: Tensor, is_owner: bool, initial: float | None) -> StateFragment:
     return StateFragment(
         name=name,
         kind=BUFFER,
@@ -203,4 +212,5 @@ def _buffer_fragment(name: str, buffer: Tensor, is_owner: bool) -> StateFragment
         partition_dim=None,
         partition_stride=1,
         is_owner=is_owner,
+        initial=initial,
     )

@@ -44,7 +44,8 @@ def load_model(path: Path) -> LoadedModel:
     if not (folder / layout.TOKENIZER).is_file():
         raise CheckpointError(f"{folder}: carries no {layout.TOKENIZER}, so prompts cannot be read")
     saved = from_yaml((folder / layout.CONFIG).read_text(encoding="utf-8"), FAMILIES)
-    config = dataclasses.replace(saved, parallel=ParallelConfig())
+    # FP8 is a way to train: checkpoints hold the weights that it rounds.
+    config = dataclasses.replace(saved, parallel=ParallelConfig(), use_fp8=False)
     groups.initialize(config.parallel, seed=config.seed)
     dtype = torch.bfloat16 if device.is_cuda() else torch.float32
     model = FAMILIES[config.model_type].load_model_builder()(config, params_dtype=dtype)

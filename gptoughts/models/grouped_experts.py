@@ -23,8 +23,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import Parameter
 
+from gptoughts.models.fp8_experts import fp8_swiglu
 from gptoughts.platform import device
 from gptoughts.platform.matrix_product import linear, matmul, weight_gradient
+from gptoughts.precision.fp8_recipe import DelayedScaling
+from gptoughts.precision.scaling_state import ScalingState
 
 
 class Assignment(NamedTuple):
@@ -55,16 +58,29 @@ class GroupedExperts(MegatronModule):
         num_experts: How many.
         tensor_parallel_size: Ranks over which every expert's width is divided.
         expert_parallel_size: Ranks over which the layer's experts are divided.
+        expert_parallel_rank: Which of them this is.
     """
 
     def __init__(
-        self, config: TransformerConfig, num_experts: int, tensor_parallel_size: int, expert_parallel_size: int = 1
+        self,
+        config: TransformerConfig,
+        num_experts: int,
+        tensor_parallel_size: int,
+        expert_parallel_size: int = 1,
+        expert_parallel_rank: int = 0,
     ) -> None:
         super().__init__(config)
         width = config.moe_ffn_hidden_size // tensor_parallel_size
         where = {"device": device.current_device(), "dtype": config.params_dtype}
         self.linear_fc1_weight = Parameter(torch.empty(num_experts, 2 * width, config.hidden_size, **where))
         self.linear_fc2_weight = Parameter(torch.empty(num_experts, config.hidden_size, width, **where))
+        self.num_experts = num_experts
+        self.expert_parallel_size = expert_parallel_size
+        self.first_expert = num_experts * expert_parallel_rank
+        self.linear_fc1_fp8: ScalingState | None
+        self.linear_fc2_fp8: ScalingState | None
+        self.register_module("linear_fc1_fp8", None)
+        self.register_module("linear_fc2_fp8", None)
         if expert_parallel_size > 1:
             for weight in (self.linear_fc1_weight, self.linear_fc2_weight):
                 weight.allreduce = False  # type: ignore[attr-defined]  # see parallel/partition.py
@@ -86,7 +102,21 @@ class GroupedExperts(MegatronModule):
         Returns:
             [t, h]; with tensor parallelism this rank's part of the sum.
         """
-        return _GroupedSwiGLU.apply(hidden_states, gates, self.linear_fc1_weight, self.linear_fc2_weight, assignment)
+        weights = (self.linear_fc1_weight, self.linear_fc2_weight)
+        states = (self.linear_fc1_fp8, self.linear_fc2_fp8)
+        if states == (None, None):
+            return _GroupedSwiGLU.apply(hidden_states, gates, *weights, assignment)
+        return fp8_swiglu(hidden_states, gates, *weights, assignment, states, self.first_expert)
+
+    def enable_fp8(self, name: str, recipe: DelayedScaling) -> ScalingState:
+        """From now on a product, ``linear_fc1`` or ``linear_fc2``, runs in emulated FP8; returns its new state."""
+        state = ScalingState(recipe, self.num_experts * self.expert_parallel_size)
+        setattr(self, f"{name}_fp8", state)
+        return state
+
+    def disable_fp8(self, name: str) -> None:
+        """Back to a product in the parameters' dtype; its state is dropped."""
+        setattr(self, f"{name}_fp8", None)
 
 
 def _products(rows: Tensor, weights: Tensor, counts: list[int], *, transposed: bool) -> Tensor:

@@ -23,6 +23,7 @@ from torch import Tensor
 from gptoughts.config.experiment import ExperimentConfig
 from gptoughts.models.construction import ConstructionContext
 from gptoughts.models.cross_entropy import cross_entropy
+from gptoughts.models.fp8 import Fp8Products, prepare_fp8, switch_on_fp8
 from gptoughts.models.initialization import Gathered, initialize_parameters, keep_as_is
 from gptoughts.models.multi_token_prediction import MultiTokenInputs, MultiTokenPrediction
 from gptoughts.models.parameter_names import global_buffer_names, global_parameter_names
@@ -95,6 +96,8 @@ class LanguageModel(GPTModel):
             self.embedding_copy = _without_parameter(self.output_layer, config.params_dtype)
         self.shares_embedding = share_embeddings_and_output_weights and pre_process != post_process
         self.mtp_num_layers = mtp_num_layers
+        self.fp8: Fp8Products | None = None
+        """Unset: no FP8."""
         if mtp_num_layers and post_process:
             assert pre_process, "multi-token prediction needs the embedding where the output layer is"
             layer, norm = block_spec.layer_specs[-1], block_spec.layer_norm
@@ -129,7 +132,7 @@ class LanguageModel(GPTModel):
             positions; [s, b, h] before the last stage. With context parallelism s is this rank's part in all of them
             (``parallel.context``).
 
-        Collective: tensor- and context-parallel group.
+        Collective: tensor- and context-parallel group; with FP8 the amax group.
         """
         assert input_ids is not None, "every stage gets the tokens: their shape gives the positions"
         hidden_states = self.embed(input_ids) if self.pre_process else None
@@ -283,6 +286,7 @@ def build_language_model(
     Collective: tensor-parallel group; the data-parallel group under ZeRO-3.
     """
     model = config.model
+    prepare_fp8(transformer_config, config)
     with construction_context():
         language_model = LanguageModel(
             transformer_config,
@@ -299,6 +303,7 @@ def build_language_model(
             post_process=post_process,
             vp_stage=vp_stage,
         )
+    language_model.fp8 = switch_on_fp8(language_model, config)
     initialize_parameters(
         global_parameter_names(language_model),
         seed=config.seed,

@@ -53,7 +53,9 @@ class MixtureOfExperts(BaseMoELayer):
         groups = get_default_pg_collection()
         super().__init__(config=config, pg_collection=groups)
         self.router: ExpertRouter = router(config, groups)
-        self.experts = GroupedExperts(config, self.num_local_experts, groups.tp.size(), self.ep_group.size())
+        self.experts = GroupedExperts(
+            config, self.num_local_experts, groups.tp.size(), self.ep_group.size(), self.ep_group.rank()
+        )
         self.shared_experts = shared_experts(config, groups.tp) if shared_experts is not None else None
 
     def forward(  # type: ignore[override]

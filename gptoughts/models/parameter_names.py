@@ -1,45 +1,47 @@
-"""Names of weights and buffers that are the same in every layout."""
+"""Names of tensors and modules that are the same in every layout: layers are numbered over the whole model."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from typing import TypeVar
+from typing import Any, TypeVar
 
-import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import Parameter
 
-AnyTensor = TypeVar("AnyTensor", bound=Tensor)
+Named = TypeVar("Named")
 
 _LAYER = re.compile(r"(?<=decoder\.layers\.)\d+(?=\.)")
 
 
-def global_parameter_names(model: torch.nn.Module) -> dict[str, Parameter]:
-    """Parameters by a name that is the same in every layout: layers are numbered over the whole model.
-
-    A parameter that two modules share (tied embeddings) appears once, under its first name.
-    """
-    return _globally_named(model, model.named_parameters())
-
-
-def global_buffer_names(model: torch.nn.Module) -> dict[str, Tensor]:
-    """Buffers that belong in a checkpoint (biases of routers), by names like those of parameters."""
-    persistent = model.state_dict(keep_vars=True)
-    return _globally_named(model, ((name, buffer) for name, buffer in model.named_buffers() if name in persistent))
-
-
-def _globally_named(model: torch.nn.Module, tensors: Iterable[tuple[str, AnyTensor]]) -> dict[str, AnyTensor]:
+def globally_named(model: nn.Module, named: Iterable[tuple[str, Named]]) -> dict[str, Named]:
+    """What has a name in ``model`` (a parameter, a buffer, a module), by its global name."""
     first_layers = {
         name: module.layer_number - 1  # type: ignore[union-attr,operator]
         for name, module in model.named_modules()
         if re.search(r"decoder\.layers\.\d+$", name)
     }
-    names: dict[str, AnyTensor] = {}
-    for name, tensor in tensors:
+    names: dict[str, Named] = {}
+    for name, thing in named:
         match = _LAYER.search(name)
         if match:
             number = first_layers[name[: match.end()]]
             name = f"{name[: match.start()]}{number}{name[match.end() :]}"
-        names[name] = tensor
+        names[name] = thing
     return names
+
+
+def global_parameter_names(model: nn.Module) -> dict[str, Parameter]:
+    """Parameters by a name that is the same in every layout: layers are numbered over the whole model.
+
+    A parameter that two modules share (tied embeddings) appears once, under its first name.
+    """
+    return globally_named(model, model.named_parameters())
+
+
+def global_buffer_names(model: nn.Module) -> dict[str, Tensor]:
+    """Buffers that belong in a checkpoint (biases of routers, FP8's histories and scales), named like parameters."""
+    persistent = model.state_dict(keep_vars=True)
+    found = globally_named(model, ((name, buffer) for name, buffer in model.named_buffers() if name in persistent))
+    products: Any = getattr(model, "fp8", None)
+    return found if products is None else found | products.tensors()

@@ -154,6 +154,13 @@ def tensor_parallel_group() -> dist.ProcessGroup:
     return parallel_state.get_tensor_model_parallel_group()
 
 
+def amax_reduction_group() -> dist.ProcessGroup:
+    """The ranks that share FP8's scales: all tensor-, context- and data-parallel peers of this rank's stage."""
+    from megatron.core import parallel_state
+
+    return parallel_state.get_amax_reduction_group(with_context_parallel=True)
+
+
 def expert_parallel_size() -> int:
     """Ranks that share each layer's routed experts."""
     from megatron.core import parallel_state

@@ -141,6 +141,27 @@ def is_transformer_engine_usable() -> bool:
     return True
 
 
+FP8_CAPABILITY = (8, 9)
+"""Least compute capability of a GPU with FP8 tensor cores."""
+
+
+@cache
+def fp8_obstacle() -> str | None:
+    """Why Transformer Engine cannot compute in FP8 here, half a sentence; None: it can."""
+    least = ".".join(map(str, FP8_CAPABILITY))
+    if not is_cuda():
+        return f"Transformer Engine's FP8 needs a GPU of compute capability {least} or newer, and this is a CPU"
+    capability = torch.cuda.get_device_capability()
+    if capability < FP8_CAPABILITY:
+        found = ".".join(map(str, capability))
+        return f"FP8 needs compute capability {least} or newer, and {torch.cuda.get_device_name()} has {found}"
+    try:
+        import transformer_engine.pytorch  # noqa: F401
+    except (ImportError, OSError) as error:
+        return f"transformer_engine.pytorch cannot be imported: {error}"
+    return None
+
+
 @cache
 def peak_tflops(dtype: torch.dtype, *, size: int | None = None, repeats: int = 3) -> float:
     """Rate of a large square matrix product on this device, in TFLOP/s: the best of ``repeats`` after a warm-up.

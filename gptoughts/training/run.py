@@ -38,6 +38,7 @@ from gptoughts.training.setup import (
     build_loader,
     build_validation,
     check_machine,
+    describe_fp8,
     is_monitored,
     precision,
     read_token_bytes,
@@ -213,6 +214,7 @@ def announcement(experiment: Experiment, corpus: CorpusInfo) -> list[str]:
         f"ZeRO stage {experiment.zero_stage}",
         f"{device.describe()}, {dist.get_world_size()} rank(s): {describe_ranks(experiment)}",
         *describe_stages(experiment),
+        *describe_fp8(config),
         f"{experiment.samples_per_step} samples of {seq_length(config)} tokens per step{accumulated}; corpus of "
         f"{corpus.num_train_tokens:,} tokens",
     ]

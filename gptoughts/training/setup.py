@@ -24,13 +24,15 @@ from gptoughts.engine.interface import ForwardOutput
 from gptoughts.errors import ConfigError
 from gptoughts.models.expert_load import finish_step
 from gptoughts.models.flops import flops_per_token
+from gptoughts.models.fp8 import check_products, initial_of_state
 from gptoughts.models.registry import FAMILIES
-from gptoughts.models.stages import build_stages, shared_embedding_weight, stage_buffers, stage_parameters
+from gptoughts.models.stages import all_names, build_stages, shared_embedding_weight, stage_buffers, stage_parameters
 from gptoughts.objectives.base import ModelInputs, Objective
 from gptoughts.objectives.multi_token import MultiTokenLoss
 from gptoughts.parallel import groups
 from gptoughts.parallel.context import own_part
 from gptoughts.platform import device
+from gptoughts.precision.backend import backend_problem, choose_backend
 from gptoughts.training.callbacks import (
     Callback,
     CheckpointCallback,
@@ -119,8 +121,22 @@ def check_machine(experiment: Experiment) -> None:
                 f"{config.deepspeed_config}: {name}.enabled=true needs the package {package!r}, which is not "
                 f"installed; pip install {package}, or switch it off"
             )
+    if config.use_fp8:
+        problem = backend_problem(config.fp8)
+        problems += [f"{problem} ({experiment.sources['fp8.backend']})"] if problem else []
     if problems:
         raise ConfigError(problems)
+
+
+def describe_fp8(config: ExperimentConfig) -> list[str]:
+    """Which backend FP8 took, and why: a line, where it is on."""
+    if not config.use_fp8:
+        return []
+    choice, section = choose_backend(config.fp8), config.fp8
+    kept = ", ".join(section.keep_bf16)
+    return [
+        f"FP8 {section.format}, {section.recipe} scaling, backend {choice.name}: {choice.reason}; out of FP8: {kept}"
+    ]
 
 
 def read_token_bytes(tokenizer: str | None, size: int) -> torch.Tensor:
@@ -150,6 +166,7 @@ def build_engine(experiment: Experiment, token_bytes: torch.Tensor) -> tuple[Tra
         construction_context=construction_context(experiment.deepspeed, dtype),
         gathered=gathered,
     )
+    check_products(chunks, config, all_names)
     names = stage_parameters(chunks)
     engine = TrainEngine(
         chunks,
@@ -159,6 +176,7 @@ def build_engine(experiment: Experiment, token_bytes: torch.Tensor) -> tuple[Tra
         parameter_names=names,
         seq_length=seq_length(config),
         named_buffers=lambda: stage_buffers(chunks),
+        initial_of_buffer=initial_of_state,
         after_step=lambda is_applied: finish_step(chunks, is_applied=is_applied),
         shared_embedding_weight=shared_embedding_weight(chunks),
     )

@@ -121,7 +121,10 @@ def test_all_problems_come_together(tmp_path: Path) -> None:
         (["--model_type", "llama"], "unknown family; built are: gpt, mla, deepseek, llada"),
         (["--size", "smal"], "size=smal (command line): no preset of gpt; allowed: debug, small, medium, large, xl, "
                              "llama-3-8b; did you mean 'small'?"),
-        (["--use_fp8", "true"], "use_fp8=true (command line): FP8 is not built"),
+        (["--fp8.margin", "1"], "fp8.margin=1 (command line): FP8 is off; add --use_fp8 true"),
+        (["--use_fp8", "true", "--fp8.keep_bf16", "auto"], "needs fp8.report"),
+        (["--use_fp8", "true", "--fp8.report", "x"], "is read for fp8.keep_bf16=auto only"),
+        (["--use_fp8", "true", "--fp8.format", "e5m2"], "expected one of hybrid, e4m3"),
         (["--optim.schedule", "linear"], "expected one of cosine, wsd, constant"),
         (["--model.vocab_size", "0"], "model.vocab_size=0 (command line): must be greater than 0"),
         (["--model.num_query_groups", "3"], "model.num_query_groups=3 (command line): num_attention_heads=4"),

@@ -140,7 +140,7 @@ def test_shipped_files_are_accepted_by_us_and_by_deepspeed(path: Path, world_siz
 
 
 def test_shipped_files_are_there_and_every_key_is_explained() -> None:
-    assert {p.stem for p in SHIPPED} == {"zero1", "zero2", "zero3", "zero3_offload"}
+    assert {p.stem for p in SHIPPED} == {"zero1", "zero2", "zero3", "zero3_fp8", "zero3_offload"}
     text = (SHIPPED[0].parent / "README.md").read_text()
 
     def keys(block: dict[str, Any]) -> set[str]:
@@ -228,6 +228,9 @@ def test_auto_is_filled_by_flags(load) -> None:
                                                                 "bf16.enabled=true"),
         ({"bf16": {"enabled": False}}, "--train.precision=bf16", "contradicts bf16.enabled=false"),
         ({"fp8": {"enabled": False}}, "--use_fp8=true", "use_fp8=true (command line) contradicts fp8.enabled=false"),
+        ({"fp8": {"enabled": True, "margin": 0}}, "--fp8.margin=1",
+         "fp8.margin=1 (command line) contradicts fp8.margin=0"),
+        ({"fp8": {"enabled": True, "backend": "te"}}, "--fp8.backend=emulated", "contradicts fp8.backend=te"),
         ({"optimizer": {"type": "AdamW", "params": {"lr": 1}}}, "--optim.lr=2", "contradicts optimizer.params.lr=1"),
         ({"scheduler": {"type": "WarmupLR", "params": {"warmup_type": "linear"}}}, "--optim.schedule=wsd",
          "optim.schedule=wsd (command line) contradicts scheduler.type=WarmupLR"),
@@ -262,8 +265,14 @@ def test_equal_values_are_no_contradiction(load) -> None:
         ({"gradient_clipping": -1}, "gradient_clipping=-1: must be 0 or more"),
         ({"bf16": {"enabled": 1}}, "bf16.enabled=1: expected true or false"),
         ({"bf16": {"enabled": True}, "fp16": {"enabled": True}}, "are both true"),
-        ({"fp8": {"enabled": True}}, "use_fp8=true"),
-        ({"fp8": {"margin": 0}}, "unknown key 'fp8.margin'"),
+        ({"fp8": {"enabled": 1}}, "fp8.enabled=1: expected true or false"),
+        ({"fp8": {"margins": 0}}, "unknown key 'fp8.margins'; did you mean 'margin'?"),
+        ({"fp8": {"enabled": True, "format": "e5m2"}}, 'fp8.format="e5m2": allowed: hybrid, e4m3'),
+        ({"fp8": {"enabled": True, "recipe": "tensorwise"}}, 'fp8.recipe="tensorwise": allowed: delayed'),
+        ({"fp8": {"enabled": True, "amax_history_len": 0}}, "fp8.amax_history_len=0"),
+        ({"fp8": {"enabled": True, "margin": 100}}, "fp8.margin=100: from 0 to 64"),
+        ({"fp8": {"enabled": True, "keep_bf16": "embedding"}}, "fp8.keep_bf16=embedding: expected a list of texts"),
+        ({"fp8": {"enabled": True, "keep_bf16": ["last_4_layers"]}}, "model.num_layers=4 leaves no layer for FP8"),
         ({"compile": {"deepcompile": True}}, "DeepCompile refuses caller-owned accumulation"),
         ({"optimizer": {"type": "Lamb"}}, "optimizer.type=Lamb is refused"),
         ({"optimizer": {"type": "AdamW", "params": {"learning_rate": 1}}}, "unknown key 'optimizer.params.lea"),

@@ -49,7 +49,7 @@ def pretrain(data: Path, *arguments: str, world_size: int = 1) -> subprocess.Com
         (["--output_dir=/dev/null/run"], 1, ["output_dir=/dev/null/run"]),
         (["--resume=/nowhere/step_00000001"], 1, ["/nowhere/step_00000001", "no such checkpoint"]),
         (["--block_size=1000000"], 1, ["1000000"]),
-        (["--use_fp8=true"], 1, ["use_fp8"]),
+        (["--use_fp8=true", "--fp8.backend=te"], 1, ["fp8.backend=te", "compute capability 8.9"]),
         (["--train.steps=0"], 1, ["train.steps=0"]),
     ],
     ids=lambda value: value[0].split("=")[0].strip("-") if isinstance(value, list) else "",

@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.mlp import MLP
 
 from gptoughts.models.core_attention import SDPACoreAttention
 from gptoughts.models.norms import norm_class
 from gptoughts.models.swiglu import SwiGLUMLP
 from gptoughts.platform import device
+from gptoughts.precision.fp8_linear import ColumnParallelLinear, RowParallelLinear
 
 
 @dataclass(frozen=True)
