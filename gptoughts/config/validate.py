@@ -137,18 +137,39 @@ def _context_problems(config: ExperimentConfig, *, is_model_sound: bool) -> list
     """Whatever forbids sequences divided over ``parallel.context`` ranks."""
     parallel, heads, length = config.parallel, config.model.num_attention_heads, config.block_size or 0
     context, tensor, problems = parallel.context, parallel.tensor, []
+    if parallel.context_method == "ring":
+        return _ring_problems(config)
     if is_model_sound and heads % tensor == 0 and heads // tensor % context:
         on_rank = heads // tensor
         divided = f"num_attention_heads={heads}"
         divided += f" / parallel.tensor={tensor}" if tensor > 1 else ""
         allowed = ", ".join(str(n) for n in range(1, on_rank + 1) if on_rank % n == 0)
         problems.append(
-            f"{divided} is not divisible by it: in attention each of these ranks has whole heads; allowed: {allowed}"
+            f"{divided} is not divisible by it: in attention each of these ranks has whole heads; allowed: {allowed}, "
+            "or --parallel.context_method ring"
         )
     if parallel.sequence and tensor > 1 and length % (context * tensor):
         problems.append(f"block_size={length} is not divisible by {context} x parallel.tensor={tensor} (sequence)")
     elif length % context:
         problems.append(f"block_size={length} is not divisible by it")
+    return problems
+
+
+def _ring_problems(config: ExperimentConfig) -> list[str]:
+    """Whatever forbids sequences whose keys and values go round."""
+    parallel, length, problems = config.parallel, config.block_size or 0, []
+    pieces = 2 * parallel.context
+    if length % pieces:
+        problems.append(f"block_size={length} is not divisible by {pieces}: with ring each rank has two pieces of it")
+    elif parallel.sequence and length // parallel.context % parallel.tensor:
+        problems.append(
+            f"block_size={length} is not divisible by {parallel.context} x parallel.tensor={parallel.tensor} (sequence)"
+        )
+    if config.model.attention_dropout > 0:
+        problems.append(
+            f"model.attention_dropout={config.model.attention_dropout}: ring draws no random numbers; set it to 0, or "
+            "--parallel.context_method ulysses"
+        )
     return problems
 
 

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from gptoughts.config.experiment import ExperimentConfig
 from gptoughts.models.construction import ConstructionContext
+from gptoughts.models.context_attention import is_zigzag
 from gptoughts.models.cross_entropy import cross_entropy
 from gptoughts.models.fp8 import Fp8Products, prepare_fp8, switch_on_fp8
 from gptoughts.models.initialization import Gathered, initialize_parameters, keep_as_is
@@ -130,7 +131,7 @@ class LanguageModel(GPTModel):
             With labels fp32 [b, s] nats, or, where a model with multi-token prediction trains, [1 + depths, b, s], the
             main model's first; without, logits [b, s, whole vocabulary], or [n, whole vocabulary] at the selected
             positions; [s, b, h] before the last stage. With context parallelism s is this rank's part in all of them
-            (``parallel.context``).
+            (:meth:`own_part`).
 
         Collective: tensor- and context-parallel group; with FP8 the amax group.
         """
@@ -159,9 +160,13 @@ class LanguageModel(GPTModel):
         inputs = MultiTokenInputs(input_ids, labels, selected_positions, is_padding)
         return torch.stack([loss, *self.mtp.losses(self, hidden_states, inputs, layer_inputs)])
 
+    def own_part(self, x: Tensor) -> Tensor:
+        """This context-parallel rank's tokens of [b, s, ...]: [b, s/c, ...]. Collective: none."""
+        return own_part(x, is_zigzag=is_zigzag(self.config))
+
     def embed(self, input_ids: Tensor) -> Tensor:
         """[s, b, h] of this rank's part of int64 [b, s]. Collective: tensor-parallel group."""
-        return self.embedding(input_ids=own_part(input_ids), position_ids=None)
+        return self.embedding(input_ids=self.own_part(input_ids), position_ids=None)
 
     def logits(self, hidden_states: Tensor) -> Tensor:
         """[s, b, h] to [s, b, whole vocabulary]. Collective: tensor-parallel group."""
@@ -180,8 +185,8 @@ class LanguageModel(GPTModel):
         Collective: tensor-parallel group.
         """
         if selected_positions is not None:
-            selected_positions = own_selection(selected_positions, *labels.shape)
-        labels = own_part(labels)
+            selected_positions = own_selection(selected_positions, labels.shape, self.own_part)
+        labels = self.own_part(labels)
         if selected_positions is not None:
             return self._selected_loss(hidden_states, labels, selected_positions, self._tied_weight())
         logits, _ = self.output_layer(hidden_states, weight=self._tied_weight())
@@ -221,7 +226,7 @@ class LanguageModel(GPTModel):
         """This rank's part of [b, s] under context and sequence parallelism."""
         if is_padding is None:
             return None
-        is_padding = own_part(is_padding)
+        is_padding = self.own_part(is_padding)
         if not self.config.sequence_parallel:
             return is_padding
         return is_padding.chunk(groups.tensor_parallel_size(), dim=1)[groups.tensor_parallel_rank()]
@@ -233,11 +238,11 @@ class LanguageModel(GPTModel):
             self.rotary_dim,
             self.rotary_base,
             self.config.params_dtype,
-            None if position_ids is None else own_part(position_ids),
+            None if position_ids is None else self.own_part(position_ids),
             frequencies=self.rotary_frequencies,
             amplitude=self.rotary_amplitude,
         )
-        return own_part(table[:, :length]) if position_ids is None else table
+        return self.own_part(table[:, :length]) if position_ids is None else table
 
 
 def _without_parameter(layer: Any, dtype: torch.dtype) -> Tensor:
