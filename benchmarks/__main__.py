@@ -5,7 +5,11 @@ from __future__ import annotations
 import subprocess
 import sys
 
-ALL = ("startup", "preprocess", "model_step", "train_step", "moe_step", "masked_head", "context", "checkpoint", "plan")
+ALL = (
+    "startup", "preprocess", "model_step", "train_step", "moe_step", "masked_head", "context", "diffusion",
+    "checkpoint", "plan",
+)  # fmt: skip
+
 
 if __name__ == "__main__":
     for name in ALL:

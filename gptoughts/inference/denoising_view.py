@@ -21,8 +21,6 @@ from gptoughts.data.tokenizer import Tokenizer
 from gptoughts.errors import ConfigError
 from gptoughts.inference.diffusion import Kept
 
-ANIMATIONS = (".gif", ".webp", ".png")
-"""Kinds of files that Pillow writes several pictures into."""
 HOLE = "░░"
 """What a mask looks like; of one width, since nobody knows yet how long its token will be."""
 _BROKEN = "\ufffd"
@@ -155,16 +153,6 @@ class DenoisingView:
             self.live.stop()
         if self.animation is not None and kind is None:
             save_animation(self.frames, self.animation)
-
-
-def animation_problems(path: Path) -> list[str]:
-    """Why no animation can be written to a path, one line each."""
-    found = []
-    if path.suffix.lower() not in ANIMATIONS:
-        found.append(f"save_animation={str(path)!r}: ends in {path.suffix!r}; allowed: {', '.join(ANIMATIONS)}")
-    if not path.parent.is_dir():
-        found.append(f"save_animation={str(path)!r}: there is no folder {str(path.parent)!r}")
-    return found
 
 
 def save_animation(frames: Sequence[Sequence[Piece]], path: Path) -> None:

@@ -22,7 +22,9 @@ from torch import Tensor, nn
 from gptoughts.errors import DataError
 from gptoughts.inference.denoiser import Denoiser, Rows
 from gptoughts.inference.diffusion_options import DiffusionOptions
+from gptoughts.inference.loading import LoadedModel
 from gptoughts.inference.remasking import SpecialTokens, choose, predict
+from gptoughts.models.llada.config import DiffusionFields
 
 
 @dataclass(frozen=True)
@@ -143,6 +145,32 @@ class DiffusionSampler:
             run.restore_block(block)
         self.num_forwards = run.denoiser.num_forwards
         return run.results()
+
+
+def build_sampler(loaded: LoadedModel) -> DiffusionSampler:
+    """The sampler of a loaded model of the family ``llada``.
+
+    Raises:
+        DataError: its tokenizer has no mask token.
+    """
+    shape, tokenizer = loaded.config.model.filled(), loaded.tokenizer
+    assert isinstance(shape, DiffusionFields)
+    assert shape.mask_token_id is not None
+    if tokenizer.backend.id_to_token(shape.mask_token_id) is None:
+        raise DataError(
+            f"{loaded.checkpoint}: its tokenizer has no mask token, which the model has under id "
+            f"{shape.mask_token_id}; add it as a special token of that id (a checkpoint of a run carries such a copy)"
+        )
+    known = tokenizer.special_ids()
+    eos = known.get("eos") if shape.eos_token_id is None else shape.eos_token_id
+    eot = known.get("eot") if shape.eot_token_id is None else shape.eot_token_id
+    return DiffusionSampler(
+        loaded.model,
+        SpecialTokens(shape.mask_token_id, eos, eot),
+        vocab_size=tokenizer.vocab_size,
+        context_tokens=loaded.config.block_size or shape.seq_length,
+        is_shifted=shape.is_shifted,
+    )
 
 
 class _Run:

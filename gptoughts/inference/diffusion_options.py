@@ -95,6 +95,8 @@ class DiffusionOptions:
         found = []
         if not 0 <= self.temperature < math.inf:
             found.append(f"temperature={self.temperature}: 0 (the likeliest token) or more")
+        if not 0 <= self.seed < 2**63:
+            found.append(f"seed={self.seed}: from 0 to 2^63 - 1")
         if self.remasking not in ("low_confidence", "random"):
             found.append(f"remasking={self.remasking!r}: low_confidence or random")
         if self.cache not in ("none", "prefix", "dual"):

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from gptoughts.data.tokenizer import Tokenizer
 from gptoughts.errors import DataError
+
+if TYPE_CHECKING:
+    from gptoughts.data.tokenizer import Tokenizer
 
 _HOLE = re.compile(r"(\[MASK[^\]\w\s][^\]\n]*\]|\[MASK\])")
 _NUMBER = re.compile(r"\[MASK\*(\d+)\]")
@@ -18,29 +21,40 @@ def unescaped(text: str) -> str:
     return re.sub(r"\\[nt\\]", lambda match: _ESCAPES[match[0]], text)
 
 
-def row_with_holes(text: str, tokenizer: Tokenizer, mask: int) -> list[int]:
-    """Tokens of a text whose holes, ``[MASK*N]`` or ``[MASK]`` for one token, are N masks.
-
-    The texts between holes are tokenized each by itself.
+def pieces_of(text: str) -> list[str | int]:
+    """A text taken apart at its holes, ``[MASK*N]`` or ``[MASK]`` for one token: a hole is its number of tokens.
 
     Raises:
         DataError: a hole has no number, or is of no token, or there is none; says all that is wrong.
     """
-    row: list[int] = []
+    found: list[str | int] = []
     problems = []
     for n, piece in enumerate(_HOLE.split(text)):
         if n % 2 == 0:
-            row += tokenizer.encode(piece) if piece else []
+            found += [piece] if piece else []
             continue
         number = _NUMBER.fullmatch(piece)
         if piece != "[MASK]" and (number is None or int(number[1]) < 1):
             problems.append(f"infill: {piece}: a hole is [MASK*N] with N of at least 1, or [MASK]")
-            continue
-        row += [mask] * (int(number[1]) if number else 1)
-    if not problems and mask not in row:
+        else:
+            found.append(int(number[1]) if number else 1)
+    if not problems and not any(isinstance(piece, int) for piece in found):
         problems.append("infill: the text has no hole; write [MASK*N] where N tokens are to be found")
     if problems:
         raise DataError(problems)
+    return found
+
+
+def num_masks(pieces: Sequence[str | int]) -> int:
+    """Tokens of all holes."""
+    return sum(piece for piece in pieces if isinstance(piece, int))
+
+
+def row_of(pieces: Sequence[str | int], tokenizer: Tokenizer, mask: int) -> list[int]:
+    """Tokens of a text, each part between holes tokenized by itself, with the mask for each token of a hole."""
+    row: list[int] = []
+    for piece in pieces:
+        row += [mask] * piece if isinstance(piece, int) else tokenizer.encode(piece)
     return row
 
 

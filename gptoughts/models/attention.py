@@ -16,6 +16,8 @@ c latent rank (q_lora_rank or kv_lora_rank), d rotary size, p places of a cache.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -26,6 +28,7 @@ from megatron.core.tensor_parallel.mappings import (
     gather_from_tensor_model_parallel_region,
     scatter_to_sequence_parallel_region,
 )
+from megatron.core.transformer import multi_latent_attention
 from megatron.core.transformer.attention import SelfAttention as UpstreamSelfAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention as UpstreamMLASelfAttention
@@ -43,6 +46,22 @@ def _refuse(given: dict[str, Any]) -> None:
     set_options = sorted(name for name, value in given.items() if value is not None)
     if set_options:
         raise ValueError(f"self-attention was given {', '.join(set_options)}; its cache is models.kv_cache's")
+
+
+@contextmanager
+def _taken_for_column_parallel(linear: Any) -> Iterator[None]:
+    """Inside, megatron-core's latent attention takes a class of ours for the column-parallel layer that it is.
+
+    It tells the down projections' classes apart by name, so that it knows no subclass
+    (transformer/multi_latent_attention.py:410, 0.16.1; line 527 of 0.19.2).
+    """
+    upstream = multi_latent_attention.ColumnParallelLinear
+    if isinstance(linear, type) and issubclass(linear, upstream):
+        multi_latent_attention.ColumnParallelLinear = linear  # type: ignore[misc]
+    try:
+        yield
+    finally:
+        multi_latent_attention.ColumnParallelLinear = upstream  # type: ignore[misc]
 
 
 class _CoreCall:
@@ -152,6 +171,10 @@ class MLASelfAttention(_CoreCall, UpstreamMLASelfAttention):
 
     q = W_qb RMS(W_qa x) and [c | k_r] = W_kva x; per head, k = [W_uk RMS(c) | rope(k_r)], v = W_uv RMS(c).
     """
+
+    def __init__(self, config: Any, submodules: MLASelfAttentionSubmodules, *args: Any, **kwargs: Any) -> None:
+        with _taken_for_column_parallel(submodules.linear_kv_down_proj):
+            super().__init__(config, submodules, *args, **kwargs)
 
     def forward(  # type: ignore[override]
         self,

@@ -13,11 +13,11 @@ from rich.console import Console
 
 from gptoughts.data.tokenizer import Tokenizer
 from gptoughts.errors import ConfigError
+from gptoughts.inference.animation_file import animation_problems
 from gptoughts.inference.denoising_view import (
     HOLE,
     DenoisingPicture,
     DenoisingView,
-    animation_problems,
     colour,
     save_animation,
 )

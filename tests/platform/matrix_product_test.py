@@ -15,18 +15,21 @@ def _operand(rows: int, columns: int, seed: int, layout: str) -> torch.Tensor:
     return torch.randn(rows, columns + 5, generator=generator)[:, :columns]  # gaps between the rows
 
 
-@pytest.fixture(params=["as on this processor", "always oneDNN", "never oneDNN"])
+@pytest.fixture(params=["as on this processor", "always oneDNN", "never oneDNN", "exchanged sides"])
 def _choice(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.param != "as on this processor":
         wider = request.param == "always oneDNN"
         if wider and not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
             pytest.skip("this torch has no such operator")
         monkeypatch.setattr(matrix_product, "is_onednn_wider", lambda: wider)
+        monkeypatch.setattr(matrix_product, "_is_mkl_wide", lambda: request.param == "exchanged sides")
 
 
 @pytest.mark.usefixtures("_choice")
 @pytest.mark.parametrize("layout", ["dense", "transposed", "gaps"])
-@pytest.mark.parametrize(("n", "outputs", "inputs"), [(512, 96, 160), (300, 160, 96), (3, 4, 5), (0, 64, 64)])
+@pytest.mark.parametrize(
+    ("n", "outputs", "inputs"), [(512, 96, 160), (300, 160, 96), (32, 96, 640), (3, 4, 5), (0, 64, 64)]
+)
 def test_products(n: int, outputs: int, inputs: int, layout: str) -> None:
     rows, weight = _operand(n, inputs, 0, layout), _operand(outputs, inputs, 1, layout)
     grad = _operand(n, outputs, 2, layout)
@@ -46,6 +49,10 @@ def test_leading_dimensions_and_bf16() -> None:
     expected = torch.nn.functional.linear(rows, weight)
     torch.testing.assert_close(matrix_product.linear(rows, weight), expected, rtol=0, atol=1e-4)
     torch.testing.assert_close(matrix_product.matmul(expected, weight), expected @ weight, rtol=0, atol=1e-2)
+    few, wide = torch.randn(4, 8, 640), torch.randn(96, 640)
+    torch.testing.assert_close(
+        matrix_product.linear(few, wide), torch.nn.functional.linear(few, wide), rtol=0, atol=1e-3
+    )
     low, low_weight = rows.bfloat16(), weight.bfloat16()
     assert torch.equal(matrix_product.linear(low, low_weight), torch.nn.functional.linear(low, low_weight))
 
