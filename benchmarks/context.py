@@ -3,7 +3,7 @@
     python -m benchmarks.context --sequence 8192
 
 Forward and backward of the bare model, two cores in all: one rank with two threads; two data-parallel ranks with a
-thread and a sequence each; two context-parallel ranks with a thread and half a sequence each. Bytes are the storages
+thread and a sequence each; two context-parallel ranks with a thread and half a sequence each, by either method. Bytes are the storages
 that the graph keeps at the end of the forward pass, weights not counted, beside those that the planner predicts.
 """
 
@@ -15,7 +15,7 @@ import tempfile
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -35,6 +35,7 @@ class Contestant:
     world_size: int
     context: int
     threads: int
+    method: Literal["ulysses", "ring"] = "ulysses"
 
     @property
     def sequences(self) -> int:
@@ -45,7 +46,8 @@ class Contestant:
 CONTESTANTS = (
     Contestant("one rank, two threads", 1, 1, 2),
     Contestant("two data-parallel ranks", 2, 1, 1),
-    Contestant("two context-parallel ranks", 2, 2, 1),
+    Contestant("two context ranks, ulysses", 2, 2, 1),
+    Contestant("two context ranks, ring", 2, 2, 1, "ring"),
 )
 
 
@@ -57,7 +59,7 @@ def experiment(family: str, contestant: Contestant, sequence: int) -> Experiment
         batch_size=1,
         block_size=sequence,
         model=model,
-        parallel=ParallelConfig(context=contestant.context),
+        parallel=ParallelConfig(context=contestant.context, context_method=contestant.method),
         train=TrainConfig(precision="fp32"),
     )
 

@@ -14,7 +14,9 @@ context-parallel ranks), of which this rank holds n' = n / t of a sequence that 
                       are narrower than keys, and the latents before and after their norms
     with context      what the exchange brings in place of projection (expanded) and turned heads, and the output once
       parallelism     more, ahead of its projection: GQA n/t ((3 np + 2 ng') hn w + 4 np), ng' copies of keys and values
-                      (lcm(ng / t, c) t); MLA n/t (np (2 (dn + dr) + dv) w + np max(dn + dr, dv) w + np dv w + 4 np)
+                      (lcm(ng / t, c) t); MLA n/t (np (2 (dn + dr) + dv) w + np max(dn + dr, dv) w + np dv w + 4 np);
+                      ring: turned queries, own keys and values, output: n/t ((2 np + 2 ng) hn w + 4 np),
+                      MLA n/t (2 np (dn + dr + dv) w + 4 np)
     SwiGLU            n/t 3 f w                   gate and up, and their product
     experts           n k/t 2 f w, gates and indices, and the router's fp32 scores, n' 4 e
 
@@ -59,6 +61,8 @@ class Microbatch:
     """Bytes of an activation's element."""
     context: int = 1
     """Context-parallel ranks."""
+    is_ring: bool = False
+    """Whether these hand keys and values round."""
 
     @property
     def own_tokens(self) -> int:
@@ -72,7 +76,10 @@ def microbatch(config: ExperimentConfig) -> Microbatch:
     precision = config.train.precision or "bf16"
     tokens = (config.block_size or config.model.seq_length) * (config.batch_size or 1)
     own = tokens // parallel.context
-    return Microbatch(own, parallel.tensor, parallel.sequence, parallel.expert, WIDTHS[precision], parallel.context)
+    is_ring = parallel.context > 1 and parallel.context_method == "ring"
+    return Microbatch(
+        own, parallel.tensor, parallel.sequence, parallel.expert, WIDTHS[precision], parallel.context, is_ring
+    )
 
 
 def exchanged_groups(num_query_groups: int, batch: Microbatch) -> int:
@@ -106,6 +113,8 @@ def _grouped_query_attention(model: GPTConfig, batch: Microbatch) -> int:
     kept = (3 * heads + 3 * groups) * size  # projection np + 2 ng, turned np + ng, output np
     if batch.context > 1:
         kept = (3 * heads + 2 * exchanged_groups(groups, batch)) * size  # exchanged np + 2 ng', output twice
+        if batch.is_ring:
+            kept = 2 * (heads + groups) * size  # turned np, keys and values 2 ng, output np
         kept += (heads + 2 * groups) * size * model.qk_layernorm  # the projection, for the norms
     inverses = (heads + groups) * _FP32 if model.qk_layernorm else 0
     # Grouped queries are no view of the projection: their norm keeps a copy.
@@ -121,6 +130,8 @@ def _latent_attention(model: MLAConfig, batch: Microbatch) -> int:
     output = heads * max(wide, narrow) + (heads * narrow if narrow < wide or batch.context > 1 else 0)
     if batch.context > 1:
         expanded = heads * narrow  # values; keys are copied with their rotary part
+    if batch.is_ring:
+        output = heads * narrow
     per_token = (expanded + 2 * heads * wide + output) * batch.width + heads * _FP32
     return batch.tokens * per_token // batch.tensor + _latents(model, batch)
 

@@ -86,7 +86,7 @@ def test_a_rank_that_cannot_write(tmp_path: Path) -> None:
 
 def _losses_with_dropout(layout_of_run: Layout, folder: str, is_of_an_earlier_version: bool) -> tuple[list[float], ...]:
     """Steps 3 and 4 of a run that saved after 2, and of one that resumed there."""
-    run = ToyRun("gpt", layout_of_run, Path(folder), steps=4)
+    run = ToyRun("gpt", layout_of_run, Path(folder))
     for _ in run.train(2):
         pass
     saved = run.save()
@@ -97,7 +97,7 @@ def _losses_with_dropout(layout_of_run: Layout, folder: str, is_of_an_earlier_ve
         del manifest["layout"]["context"]
         layout.write_atomically(saved / layout.MANIFEST, json.dumps(manifest))
     torch.distributed.barrier()
-    run = ToyRun("gpt", layout_of_run, Path(folder), steps=4)
+    run = ToyRun("gpt", layout_of_run, Path(folder))
     run.resume()
     found = [result.loss for result in run.train(2)]
     run.close()
