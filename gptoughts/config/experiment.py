@@ -147,6 +147,9 @@ class LogConfig:
     """One line in metrics.jsonl (and one event to each monitor) every so many steps."""
     progress: Literal["auto", "always", "never"] = "auto"
     """The progress bar; auto shows it on a terminal and prints plain lines elsewhere."""
+    fp8: bool = False
+    """Every so many steps write what FP8 casts lose, per layer and role, to OUTPUT_DIR/fp8.jsonl (emulated layers;
+    tools/fp8_report.py reads it)."""
     plot: bool = True
     """Draw OUTPUT_DIR/loss.png when the run ends."""
 

@@ -15,6 +15,7 @@ from gptoughts.models.grouped_experts import GroupedExperts
 from gptoughts.models.parameter_names import globally_named
 from gptoughts.parallel import groups
 from gptoughts.precision import te_backend
+from gptoughts.precision.amax_report import kept_words
 from gptoughts.precision.backend import choose_backend
 from gptoughts.precision.fp8_linear import ColumnParallelLinear, RowParallelLinear
 from gptoughts.precision.fp8_recipe import DelayedScaling
@@ -41,8 +42,10 @@ class Fp8Products:
         self.states: dict[str, ScalingState] = {}
         """Emulated ones, by their global names."""
 
+        words = kept_words(config.fp8)
+
         def stays_out(name: str) -> bool:
-            return is_kept(name, config.fp8.keep_bf16, config.model.num_layers)
+            return is_kept(name, words, config.model.num_layers)
 
         self.names = list(self._switches)
         """Every product that can run in FP8, by its global name."""

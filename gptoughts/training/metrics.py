@@ -36,18 +36,19 @@ def _parse(path: Path, lines: list[str]) -> Iterator[dict[str, Any]]:
 
 
 class MetricsFile:
-    """Appends lines to ``metrics.jsonl``.
+    """Appends lines to ``metrics.jsonl``, or to another file of lines with a step.
 
     Args:
         run: The run's folder.
         resumed_step: Step that the run goes on from; lines of later steps, which will be run again, are dropped.
+        name: The file's.
     Raises:
         DataError: there is such a file, and it is damaged.
         PlatformError: the disk is full or gone.
     """
 
-    def __init__(self, run: Path, *, resumed_step: int) -> None:
-        self.path = run / METRICS_FILE
+    def __init__(self, run: Path, *, resumed_step: int, name: str = METRICS_FILE) -> None:
+        self.path = run / name
         try:
             if self.path.exists():
                 kept = [line for line in read_metrics(self.path) if line["step"] <= resumed_step]

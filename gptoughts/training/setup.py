@@ -21,7 +21,7 @@ from gptoughts.data.pretrain import build_samples, build_validation_samples
 from gptoughts.data.tokenizer import load_tokenizer
 from gptoughts.engine.deepspeed_engine import TrainEngine, construction_context, gathered
 from gptoughts.engine.interface import ForwardOutput
-from gptoughts.errors import ConfigError
+from gptoughts.errors import ConfigError, DataError
 from gptoughts.models.expert_load import finish_step
 from gptoughts.models.flops import flops_per_token
 from gptoughts.models.fp8 import check_products, initial_of_state
@@ -31,6 +31,7 @@ from gptoughts.objectives.base import ModelInputs, Objective
 from gptoughts.objectives.multi_token import MultiTokenLoss
 from gptoughts.parallel import groups
 from gptoughts.platform import device
+from gptoughts.precision.amax_report import REPORT_FILE, kept_words
 from gptoughts.precision.backend import backend_problem, choose_backend
 from gptoughts.training.callbacks import (
     Callback,
@@ -40,6 +41,7 @@ from gptoughts.training.callbacks import (
     ValidationCallback,
 )
 from gptoughts.training.evaluate import TARGET_BYTES, Validator, bytes_of
+from gptoughts.training.fp8_callback import Fp8Callback
 from gptoughts.training.metrics import MetricsFile
 from gptoughts.training.trainer import TrainState
 
@@ -124,6 +126,15 @@ def check_machine(experiment: Experiment) -> None:
     if config.use_fp8:
         problem = backend_problem(config.fp8)
         problems += [f"{problem} ({experiment.sources['fp8.backend']})"] if problem else []
+        if config.log.fp8 and choose_backend(config.fp8).name == "te":
+            problems.append(
+                f"log.fp8=true ({experiment.sources['log.fp8']}): Transformer Engine's kernels do not say what their "
+                "casts lose; a run with fp8.backend=emulated does"
+            )
+        try:
+            kept_words(config.fp8)
+        except DataError as error:
+            problems += [f"fp8.report={config.fp8.report}: {line}" for line in error.problems]
     if problems:
         raise ConfigError(problems)
 
@@ -133,7 +144,7 @@ def describe_fp8(config: ExperimentConfig) -> list[str]:
     if not config.use_fp8:
         return []
     choice, section = choose_backend(config.fp8), config.fp8
-    kept = ", ".join(section.keep_bf16)
+    kept = ", ".join(kept_words(section))
     return [
         f"FP8 {section.format}, {section.recipe} scaling, backend {choice.name}: {choice.reason}; out of FP8: {kept}"
     ]
@@ -264,6 +275,9 @@ def build_callbacks(
                 metrics=metrics,
             )
         )
+    if config.log.fp8:
+        file = MetricsFile(manager.run, resumed_step=state.step, name=REPORT_FILE) if is_first else None
+        callbacks.append(Fp8Callback(engine.chunks, file, config.log.interval_steps))
     callbacks.append(
         CheckpointCallback(
             manager,
