@@ -3,8 +3,9 @@
     python -m benchmarks.context --sequence 8192
 
 Forward and backward of the bare model, two cores in all: one rank with two threads; two data-parallel ranks with a
-thread and a sequence each; two context-parallel ranks with a thread and half a sequence each, by either method. Bytes are the storages
-that the graph keeps at the end of the forward pass, weights not counted, beside those that the planner predicts.
+thread and a sequence each; two context-parallel ranks with a thread and half a sequence each, by either method. Bytes
+are the storages that the graph keeps at the end of the forward pass, weights not counted, beside those that the planner
+predicts.
 """
 
 from __future__ import annotations
