@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from gptoughts.config.experiment import ExperimentConfig
+from gptoughts.config.experiment import ExperimentConfig, ParallelConfig
 from gptoughts.config.options import LARGEST
 from gptoughts.config.pipeline import pipeline_problems, stage_layers
 
@@ -126,6 +126,9 @@ def _parallel_problems(
             problems.append(f"{sequence_is}: shards over tensor-parallel ranks; needs parallel.tensor of 2 or more")
         elif context == 1 and (config.block_size or 0) % tensor:
             problems.append(f"{sequence_is}: block_size={config.block_size} is not divisible by {tensor_is}")
+    if context == 1 and config.parallel.context_method != ParallelConfig.context_method:
+        method_is = f"parallel.context_method={config.parallel.context_method} ({sources['parallel.context_method']})"
+        problems.append(f"{method_is}: is between ranks that share sequences; needs parallel.context of 2 or more")
     if context > 1:
         problems += [f"{context_is}: {problem}" for problem in _context_problems(config, is_model_sound=is_model_sound)]
     data_parallel_size = max(1, world_size // model_ranks)
