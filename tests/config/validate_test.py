@@ -77,8 +77,8 @@ def test_batch_sizes(flags: str, world_size: int, expected: tuple[int, int, int]
         ("--parallel.context 3 --block_size 33", 3, "parallel.context=3 (command line): num_attention_heads=4 is not "
          "divisible by it: in attention each of these ranks has whole heads; allowed: 1, 2, 4, or "
          "--parallel.context_method ring"),
-        ("--parallel.context_method ring", 1, "parallel.context_method=ring (command line): is between ranks that share "
-         "sequences; needs parallel.context of 2 or more"),
+        ("--parallel.context_method ring", 1, "parallel.context_method=ring (command line): is between ranks that "
+         "share sequences; needs parallel.context of 2 or more"),
         ("--parallel.context 2 --parallel.context_method ring --block_size 34", 2, "parallel.context=2 (command line): "
          "block_size=34 is not divisible by 4: with ring each rank has two pieces of it"),
         ("--parallel.context 2 --parallel.context_method ring --model.attention_dropout 0.1", 2,
