@@ -79,6 +79,11 @@ class Fp8Products:
             by_product |= self._te.states()
         return {f"{name}.fp8.{key}": tensor for name, found in by_product.items() for key, tensor in found.items()}
 
+    @property
+    def running(self) -> list[str]:
+        """Products that run in FP8 now, by their global names."""
+        return [*self.states, *(self._te.layers if self._te is not None else {})]
+
     def fall_back(self, should_leave: Callable[[str], bool]) -> list[str]:
         """Take products out of FP8, between two steps; returns their names. The same on every rank of the amax group.
 
@@ -86,7 +91,7 @@ class Fp8Products:
             should_leave: Says so of a product's global name.
         """
         te_layers = self._te.layers if self._te is not None else {}
-        leaving = [name for name in (*self.states, *te_layers) if should_leave(name)]
+        leaving = [name for name in self.running if should_leave(name)]
         for name in leaving:
             if self._te is not None and name in te_layers:
                 self._te.fall_back(name)

@@ -23,7 +23,7 @@ class Fp8Callback(Callback):
     """
 
     def __init__(self, chunks: Sequence[Any], file: MetricsFile | None, interval_steps: int) -> None:
-        self._states = {name: state for chunk in chunks for name, state in chunk.fp8.states.items()}
+        self._chunks = chunks
         self._file = file
         self._interval_steps = interval_steps
         self._watching: CastStatistics | None = None
@@ -44,10 +44,20 @@ class Fp8Callback(Callback):
         if self._file is not None:
             self._file.close()
 
+    def after_rollback(self, trainer: Trainer) -> None:
+        if self._watching is not None:
+            self._watching.stop()
+            self._watching = None
+        if self._file is not None:
+            self._file.rewind(trainer.state.step)
+        self._watch_if_due(trainer)
+
     def _watch_if_due(self, trainer: Trainer) -> None:
         step = trainer.state.step + 1
         if step == 1 or step % self._interval_steps == 0 or step == trainer.last_step:
-            self._watching = CastStatistics(self._states)
+            # Asked anew: layers may have left FP8.
+            states = {name: state for chunk in self._chunks for name, state in chunk.fp8.states.items()}
+            self._watching = CastStatistics(states)
 
     def _write(self, lines: list[dict[str, Any]]) -> None:
         """Stages hold different layers: each stage's first rank sends its own. Collective: every rank of the world."""

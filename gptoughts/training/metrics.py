@@ -49,6 +49,9 @@ class MetricsFile:
 
     def __init__(self, run: Path, *, resumed_step: int, name: str = METRICS_FILE) -> None:
         self.path = run / name
+        self._open(resumed_step)
+
+    def _open(self, resumed_step: int) -> None:
         try:
             if self.path.exists():
                 kept = [line for line in read_metrics(self.path) if line["step"] <= resumed_step]
@@ -56,6 +59,15 @@ class MetricsFile:
             self._file = self.path.open("a", encoding="utf-8")
         except OSError as error:
             raise self._cannot_be_written(error) from None
+
+    def rewind(self, step: int) -> None:
+        """Drop the lines of later steps, which will be run again.
+
+        Raises:
+            PlatformError: the disk is full or gone.
+        """
+        self.close()
+        self._open(step)
 
     def write(self, line: Mapping[str, Any]) -> None:
         """Append one line and hand it to the operating system at once.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,7 @@ from rich.console import Console
 from torch import nn
 
 from gptoughts.checkpoint.manager import CheckpointManager
-from gptoughts.config.experiment import ExperimentConfig
+from gptoughts.config.experiment import ExperimentConfig, StabilityConfig
 from gptoughts.config.resolve import Experiment
 from gptoughts.data.corpus import CorpusInfo
 from gptoughts.data.loader import StepLoader
@@ -41,9 +42,13 @@ from gptoughts.training.callbacks import (
     ValidationCallback,
 )
 from gptoughts.training.evaluate import TARGET_BYTES, Validator, bytes_of
+from gptoughts.training.events import EventsFile
+from gptoughts.training.fallback import Fp8Fallback
 from gptoughts.training.fp8_callback import Fp8Callback
 from gptoughts.training.metrics import MetricsFile
-from gptoughts.training.trainer import TrainState
+from gptoughts.training.origin import find_origin
+from gptoughts.training.recovery import Recovery
+from gptoughts.training.trainer import Trainer, TrainState
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -238,7 +243,29 @@ def build_loader(experiment: Experiment, corpus: CorpusInfo, objective: Objectiv
         consumed_samples=state.consumed_samples,
         prefetch_steps=config.data.prefetch_steps,
         vocab_size=config.model.vocab_size,
+        skipped=state.skipped_samples,
     )
+
+
+def build_guard(
+    config: StabilityConfig,
+    state: TrainState,
+    engine: TrainEngine,
+    manager: CheckpointManager,
+    names: Sequence[str],
+    say: Callable[[str], None],
+    fp8: Fp8Fallback | None,
+) -> Recovery | None:
+    """What watches over a run; None where it is switched off."""
+    if not config.enabled:
+        return None
+
+    def look(trainer: Trainer) -> dict[str, Any]:
+        return find_origin(trainer, engine.chunks, names)
+
+    events = EventsFile(manager.run) if dist.get_rank() == 0 else None
+    find = look if config.replay else None
+    return Recovery(config, state, manager=manager, names=names, say=say, events=events, find_origin=find, fp8=fp8)
 
 
 def build_callbacks(
