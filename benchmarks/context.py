@@ -25,7 +25,8 @@ import torch.multiprocessing as mp
 from gptoughts.config.experiment import ExperimentConfig, ParallelConfig, TrainConfig
 from gptoughts.models.registry import FAMILIES
 from gptoughts.parallel import groups
-from gptoughts.planning.activations import microbatch, stage_activation_bytes
+from gptoughts.planning.activations import stage_activation_bytes
+from gptoughts.planning.layers import microbatch
 
 MIB = 2**20
 

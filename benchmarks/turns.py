@@ -6,6 +6,7 @@ noisy machine hits all of them; a turn's ratio compares two steps that ran one a
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -13,14 +14,17 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 
 import torch
+import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from gptoughts.config.experiment import ParallelConfig
 from gptoughts.parallel import groups
-from gptoughts.platform import device
+from gptoughts.platform import device, gloo
 from gptoughts.platform.startup import prepare_process
 
 Step = Callable[[torch.Tensor], float]
+_STORES: list[dist.TCPStore | None] = []
+"""They listen as long as this process lives."""
 
 
 @dataclass(frozen=True)
@@ -31,11 +35,13 @@ class Contestant:
     """Called in the contestant's process; has to be picklable."""
     is_ours: bool
     """Set the process up as our launcher does, process groups included."""
+    ranks: int = 1
+    """Processes that run a step together, each on its part of the samples, joined by gloo."""
 
 
 @dataclass(frozen=True)
 class Turns:
-    """Seconds per step of one contestant, turn by turn."""
+    """Seconds per step of one contestant, turn by turn; of several ranks, the slowest one's."""
 
     wall: list[float]
     processor: list[float]
@@ -53,26 +59,39 @@ def take_turns(
     threads: int,
 ) -> dict[str, Turns]:
     """Time ``steps`` steps of each contestant, after ``warmup_steps``, on tokens [batch_size, seq_length + 1]."""
-    context = mp.get_context("spawn")
-    pipes: dict[str, Connection] = {}
-    for name, contestant in contestants.items():
-        pipes[name], theirs = context.Pipe()
-        context.Process(target=_serve, args=(contestant, threads, theirs), daemon=True).start()
-    for pipe in pipes.values():
-        pipe.recv()  # ready
+    contestant_pipes = {name: _start(contestant, threads) for name, contestant in contestants.items()}
+    for pipes in contestant_pipes.values():
+        for pipe in pipes:
+            pipe.recv()  # ready
     generator = torch.Generator().manual_seed(0)
     turns = {name: Turns([], []) for name in contestants}
     for index in range(warmup_steps + steps):
         tokens = torch.randint(0, vocab_size, (batch_size, seq_length + 1), generator=generator)
-        for name, pipe in pipes.items():
-            pipe.send(tokens.tolist())
-            wall, processor = pipe.recv()
+        for name, pipes in contestant_pipes.items():
+            for pipe, part in zip(pipes, tokens.chunk(len(pipes)), strict=True):
+                pipe.send(part.tolist())
+            walls, processors = zip(*(pipe.recv() for pipe in pipes), strict=True)
             if index >= warmup_steps:
-                turns[name].wall.append(wall)
-                turns[name].processor.append(processor)
-    for pipe in pipes.values():
-        pipe.send(None)
+                turns[name].wall.append(max(walls))
+                turns[name].processor.append(max(processors))
+    for pipes in contestant_pipes.values():
+        for pipe in pipes:
+            pipe.send(None)
     return turns
+
+
+def _start(contestant: Contestant, threads: int) -> list[Connection]:
+    """The contestant's processes, by rank."""
+    context = mp.get_context("spawn")
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) if contestant.ranks > 1 else None
+    _STORES.append(store)
+    pipes = []
+    for rank in range(contestant.ranks):
+        ours, theirs = context.Pipe()
+        port = store.port if store is not None else 0
+        context.Process(target=_serve, args=(contestant, rank, port, threads, theirs), daemon=True).start()
+        pipes.append(ours)
+    return pipes
 
 
 def median_ratio(theirs: list[float], ours: list[float]) -> float:
@@ -80,11 +99,16 @@ def median_ratio(theirs: list[float], ours: list[float]) -> float:
     return statistics.median(a / b for a, b in zip(theirs, ours, strict=True))
 
 
-def _serve(contestant: Contestant, threads: int, pipe: Connection) -> None:
-    """A contestant's process: one timed step for each message of tokens, until None."""
+def _serve(contestant: Contestant, rank: int, port: int, threads: int, pipe: Connection) -> None:
+    """One rank of a contestant: a timed step for each message of tokens, until None."""
     if contestant.is_ours:
         prepare_process()
     torch.set_num_threads(threads)
+    if contestant.ranks > 1:
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(contestant.ranks))
+        gloo.share_device()
+        store = dist.TCPStore("127.0.0.1", port, is_master=False)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=contestant.ranks)
     if contestant.is_ours:
         groups.initialize(ParallelConfig(), seed=1234)
     step = contestant.make_step()

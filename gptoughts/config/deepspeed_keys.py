@@ -78,7 +78,7 @@ TOP_LEVEL: Mapping[str, Rule] = {
     "expert_parallel": _refused("expert parallelism is megatron-core's: parallel.expert"),
     "use_data_before_expert_parallelism": _refused("expert parallelism is megatron-core's: parallel.expert"),
     "pipeline": _refused("pipeline parallelism is megatron-core's: parallel.pipeline"),
-    "activation_checkpointing": _refused("the models are megatron-core's and never call DeepSpeed's checkpointing"),
+    "activation_checkpointing": _refused("set --parallel.recompute_granularity: the models never call DeepSpeed's"),
     "flops_profiler": _refused("FLOPs are counted from the shape: --dry_run, and mfu_fraction in metrics.jsonl"),
     "checkpoint": _refused("checkpoints are ours: --checkpoint.*"),
     "datastates_ckpt": _refused("checkpoints are ours: --checkpoint.*"),

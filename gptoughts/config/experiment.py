@@ -14,7 +14,8 @@ from gptoughts.config.model import ModelConfig
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """How ranks are arranged; data parallelism takes what is left of the world size."""
+    """How ranks are arranged, and what each keeps of a layer's forward; data parallelism takes what is left of the
+    world size."""
 
     tensor: int = 1
     """Ranks that share each layer's matrices (tensor parallelism)."""
@@ -34,6 +35,17 @@ class ParallelConfig:
     has to be a multiple of context; ring hands keys and values round, with any number of heads."""
     sequence: bool = False
     """Shard norms and residuals over the tensor-parallel ranks along the sequence (needs tensor > 1)."""
+    recompute_granularity: Literal["none", "full", "selective"] = "none"
+    """Activations that backward computes anew instead of keeping them: none, those of whole layers (full), or those of
+    the parts of every layer that recompute_modules names (selective). Numbers stay the same to the bit."""
+    recompute_method: Literal["uniform", "block"] | None = None
+    """full only: every layer, in groups of recompute_num_layers of which the input alone is kept (uniform, the
+    default), or the first recompute_num_layers layers of each stage's chunk and no others (block)."""
+    recompute_num_layers: int | None = None
+    """full only: layers per group (uniform) or per chunk (block); unset: 1."""
+    recompute_modules: str | None = None
+    """selective only, e.g. core_attn,mlp: of core_attn, layernorm, mlp, and where the model has them mla_up_proj, moe,
+    shared_experts; unset: core_attn."""
     timeout_seconds: float = 600.0
     """How long a collective may wait before the run fails, in seconds."""
     heartbeat_seconds: float = 30.0

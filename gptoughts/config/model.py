@@ -104,6 +104,11 @@ class ModelConfig:
             "padded vocab_size": self.padded_vocab_size,
         }
 
+    def recompute_modules(self) -> tuple[str, ...]:
+        """Parts of a layer that can be recomputed by name (``config.recompute``)."""
+        has_dense = not all(self.has_experts(index) for index in range(self.num_layers))
+        return ("core_attn", "layernorm", *(("mlp",) if has_dense else ()))
+
     def expert_parallel_divisors(self) -> dict[str, int]:
         """What expert parallelism divides: name -> count, a multiple of ``parallel.expert``; empty: no experts."""
         return {}

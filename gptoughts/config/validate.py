@@ -8,6 +8,7 @@ from dataclasses import replace
 from gptoughts.config.experiment import ExperimentConfig, ParallelConfig
 from gptoughts.config.options import LARGEST
 from gptoughts.config.pipeline import pipeline_problems, stage_layers
+from gptoughts.config.recompute import recompute_problems
 
 SEEDS = 2**31
 """Seeds that every generator takes, with room for the offsets that ranks add."""
@@ -17,8 +18,9 @@ def validate(config: ExperimentConfig, sources: Mapping[str, str], *, world_size
     """Everything that cannot be run, one line each, and the data-parallel size (1 where it cannot be told)."""
     problems = _model_problems(config, sources)
     problems += _range_problems(config, sources)
-    found, data_parallel_size = _parallel_problems(config, sources, world_size, is_model_sound=not problems)
-    problems += found
+    is_model_sound = not problems
+    found, data_parallel_size = _parallel_problems(config, sources, world_size, is_model_sound=is_model_sound)
+    problems += found + recompute_problems(config, sources, is_model_sound=is_model_sound)
     if config.init_from is not None and config.resume not in ("auto", "none"):
         problems.append(
             f"init_from={config.init_from} ({sources['init_from']}) contradicts resume={config.resume} "
@@ -38,8 +40,8 @@ def _model_problems(config: ExperimentConfig, sources: Mapping[str, str]) -> lis
 
 _AT_LEAST_ONE = (
     "block_size", "parallel.tensor", "parallel.pipeline", "parallel.virtual_pipeline", "parallel.expert",
-    "parallel.context", "log.interval_steps", "train.steps", "fp8.amax_history_len", "stability.window_steps",
-    "stability.min_window_steps", "stability.calm_steps", "stability.lr_cut_steps",
+    "parallel.context", "parallel.recompute_num_layers", "log.interval_steps", "train.steps", "fp8.amax_history_len",
+    "stability.window_steps", "stability.min_window_steps", "stability.calm_steps", "stability.lr_cut_steps",
 )  # fmt: skip
 _POSITIVE = ("parallel.timeout_seconds", "optim.lr", "optim.eps", "stability.loss_zscore", "stability.grad_norm_zscore")
 _NOT_NEGATIVE = (

@@ -120,6 +120,11 @@ class ExpertFields(ModelConfig):
         """Parameters of one layer with experts, its two norms included (the router's bias is a buffer)."""
         return self._expert_layer(self.num_moe_experts)
 
+    def recompute_modules(self) -> tuple[str, ...]:
+        """The experts besides."""
+        shared = ("shared_experts",) if self.moe_shared_expert_intermediate_size else ()
+        return (*super().recompute_modules(), "moe", *shared)
+
     def has_experts(self, index: int) -> bool:
         """Whether the layer with this index is a mixture of experts: the first ones are dense."""
         return index >= self.first_k_dense_layers

@@ -24,6 +24,7 @@ from gptoughts.config.experiment import ExperimentConfig
 from gptoughts.models.construction import ConstructionContext
 from gptoughts.models.context_attention import is_zigzag
 from gptoughts.models.cross_entropy import cross_entropy
+from gptoughts.models.decoder_layer import recompute_whole_layers
 from gptoughts.models.fp8 import Fp8Products, prepare_fp8, switch_on_fp8
 from gptoughts.models.initialization import Gathered, initialize_parameters, keep_as_is
 from gptoughts.models.multi_token_prediction import MultiTokenInputs, MultiTokenPrediction
@@ -88,6 +89,7 @@ class LanguageModel(GPTModel):
             position_embedding_type="none",
             vp_stage=vp_stage,
         )
+        recompute_whole_layers(self.decoder)
         self.rotary_dim = rotary_dim
         self.rotary_base = rotary_base
         self.rotary_frequencies = rotary_frequencies

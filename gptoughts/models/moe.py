@@ -27,6 +27,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from gptoughts.models.grouped_experts import GroupedExperts, assign
+from gptoughts.models.recompute import recomputes, run_again
 from gptoughts.models.router import ExpertRouter
 from gptoughts.models.token_dispatch import DISPATCHERS
 
@@ -68,11 +69,21 @@ class MixtureOfExperts(BaseMoELayer):
         given = sorted(name for name, value in upstream_options.items() if value is not None)
         if given:
             raise ValueError(f"the expert layer was given {', '.join(given)}; not supported")
+        if self.training and recomputes(self.config, "moe"):
+            return run_again(self.config, lambda x: self._all_experts(x, padding_mask), hidden_states), None
+        return self._all_experts(hidden_states, padding_mask), None
+
+    def _all_experts(self, hidden_states: Tensor, padding_mask: Tensor | None) -> Tensor:
         gates, chosen = self.router(hidden_states, padding_mask)
         output = self._routed(hidden_states, gates, chosen)
-        if self.shared_experts is not None:
-            output = output + self.shared_experts(hidden_states)[0]
-        return output, None
+        return output if self.shared_experts is None else output + self._shared(hidden_states)
+
+    def _shared(self, hidden_states: Tensor) -> Tensor:
+        shared = self.shared_experts
+        assert shared is not None
+        if self.training and recomputes(self.config, "shared_experts"):
+            return run_again(self.config, lambda x: shared(x)[0], hidden_states)
+        return shared(hidden_states)[0]
 
     def _routed(self, hidden_states: Tensor, gates: Tensor, chosen: Tensor) -> Tensor:
         _, b, h = hidden_states.shape

@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from gptoughts.models.norms import mark_partial_gradients
+from gptoughts.models.recompute import run_again
 from gptoughts.objectives.multi_token import is_without_token, shift_left, shift_positions
 from gptoughts.platform import device
 
@@ -102,10 +103,20 @@ class MultiTokenPredictionLayer(nn.Module):
 
         Collective: tensor-parallel group.
         """
-        # Dropout draws from each rank's own generator where ranks hold parts of a sequence, as in TransformerBlock.
-        with get_cuda_rng_tracker().fork() if self.config.sequence_parallel else nullcontext():
+
+        def layer(states: Tensor, embedded: Tensor) -> Tensor:
             states = self.eh_proj(self.enorm(embedded), self.hnorm(states))
-            states, _ = self.transformer_layer(hidden_states=states, **layer_inputs)
+            return self.transformer_layer(hidden_states=states, **layer_inputs)[0]
+
+        config = self.config
+        # Behind the layers of a chunk: "block" counts these alone.
+        is_recomputed = config.recompute_granularity == "full" and config.recompute_method == "uniform"
+        # Dropout draws from each rank's own generator where ranks hold parts of a sequence, as in TransformerBlock.
+        with get_cuda_rng_tracker().fork() if config.sequence_parallel else nullcontext():
+            if self.training and is_recomputed:
+                states = run_again(config, layer, states, embedded)
+            else:
+                states = layer(states, embedded)
         return self.final_layernorm(states)
 
 

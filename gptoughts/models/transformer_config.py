@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from gptoughts.config.pipeline import chunk_layers
 from gptoughts.models.expert_shape import ExpertFields
 from gptoughts.models.gpt.config import GPTConfig
 from gptoughts.models.mla.config import MLAConfig
+from gptoughts.models.recompute import recompute_fields
 from gptoughts.models.yarn import YarnFields
 from gptoughts.platform import device
 
@@ -37,11 +39,14 @@ def transformer_config(
     fields = _common_fields(model, parallel, params_dtype)
     if isinstance(model, ExpertFields):
         fields |= _expert_fields(model)
-    if isinstance(model, MLAConfig):
-        return MLATransformerConfig(**fields | _latent_fields(model) | family_fields)
-    if isinstance(model, GPTConfig):
-        fields |= _grouped_query_fields(model)
-    return TransformerConfig(**fields | family_fields)
+    with warnings.catch_warnings():
+        # What it says of core_attn holds for its own modules (transformer_config.py:1225, 0.16.1): ours include more.
+        warnings.filterwarnings("ignore", message="If you are using transformer_engine")
+        if isinstance(model, MLAConfig):
+            return MLATransformerConfig(**fields | _latent_fields(model) | family_fields)
+        if isinstance(model, GPTConfig):
+            fields |= _grouped_query_fields(model)
+        return TransformerConfig(**fields | family_fields)
 
 
 def _grouped_query_fields(model: GPTConfig) -> dict[str, Any]:
@@ -127,6 +132,7 @@ def _common_fields(model: ModelConfig, parallel: ParallelConfig, params_dtype: t
         "cp_comm_type": "p2p" if parallel.context > 1 and parallel.context_method == "ring" else None,
         "sequence_parallel": parallel.sequence,
         **_pipeline_fields(model, parallel),
+        **recompute_fields(parallel),
         # jit and CUDA features, chosen where they exist; on a CPU our own kernels stand in their place.
         "bias_dropout_fusion": is_cuda,
         "bias_activation_fusion": is_cuda,

@@ -1,181 +1,28 @@
-"""Bytes that a forward pass keeps for its backward, counted from what each of our modules saves.
+"""Bytes that a stage keeps of the microbatches in flight: its layers (``layers``), its ends, and what it has sent on.
 
-Korthikanti et al. (arXiv:2205.05198, section 4) count a GPT layer: s b h (34 + 5 a s / h) bytes in half precision. Ours
-differ: attention keeps no scores but log-sum-exp (arXiv:2205.14135), SwiGLU and RMSNorm keep their input alone and make
-the rest again, there are no dropout masks, and a parallel linear layer keeps its part of a divided sequence and gathers
-it anew in backward. Per layer, with t = tensor-parallel ranks, w bytes per element, n = s b / c tokens (c =
-context-parallel ranks), of which this rank holds n' = n / t of a sequence that is divided (else n' = n):
+The last stage adds the final norm and the logits n v/t w (the loss turns them into their gradient in place). Of a
+group of layers that is recomputed as a whole (``config.recompute``) the input alone is kept, n' h w, and backward has
+all that its layers keep once more. Named apart, not here: tensors that live inside one operator, masks of samples that
+are cut, and what a stage keeps of what it has sent on (``pipeline_output_bytes``).
 
-    residual stream   n' (4 h w + 8)              both norms' inputs, outputs and fp32 inverses
-    attention (GQA)   n/t ((np + 2 ng) hn w       the projection, of which values are a view
-                           + (np + ng) hn w       turned queries and keys
-                           + np hn w + 4 np)      output and log-sum-exp
-    attention (MLA)   n/t (np (dn + dv) w + 2 np (dn + dr) w + np max(dn + dr, dv) w + 4 np), np dv w more where values
-                      are narrower than keys, and the latents before and after their norms
-    with context      what the exchange brings in place of projection (expanded) and turned heads, and the output once
-      parallelism     more, ahead of its projection: GQA n/t ((3 np + 2 ng') hn w + 4 np), ng' copies of keys and values
-                      (lcm(ng / t, c) t); MLA n/t (np (2 (dn + dr) + dv) w + np max(dn + dr, dv) w + np dv w + 4 np);
-                      ring: turned queries, own keys and values, output: n/t ((2 np + 2 ng) hn w + 4 np),
-                      MLA n/t (2 np (dn + dr + dv) w + 4 np)
-    SwiGLU            n/t 3 f w                   gate and up, and their product
-    experts           n k/t 2 f w, gates and indices, and the router's fp32 scores, n' 4 e
-
-The last stage adds the final norm and the logits n v/t w (the loss turns them into their gradient in place). Named
-apart, not here: tensors that live inside one operator, masks of samples that are cut, and what a stage keeps of what it
-has sent on (``pipeline_outputs``).
-
-Legend: s sequence, b microbatch, n = s b / c tokens, h hidden, np heads, ng key/value heads, hn head dim, dn + dr head
-dim of queries and keys of MLA, dv of its values, f feed-forward width, e experts, k experts per token, v vocabulary.
+Legend: s sequence, b microbatch, n = s b / c tokens of c context-parallel ranks, n' of them on this rank, h hidden,
+v vocabulary, t tensor-parallel ranks, w bytes per element.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 from gptoughts.config.experiment import ExperimentConfig, ParallelConfig
 from gptoughts.config.model import ModelConfig
 from gptoughts.config.pipeline import stage_layers
-from gptoughts.models.expert_shape import ExpertFields
-from gptoughts.models.gpt.config import GPTConfig
-from gptoughts.models.mla.config import MLAConfig
-
-WIDTHS: Mapping[str, int] = {"fp32": 4, "bf16": 2, "fp16": 2}
-"""Precision -> bytes of a weight or activation."""
-_FP32, _INT64 = 4, 8
-
-
-@dataclass(frozen=True)
-class Microbatch:
-    """One microbatch as a rank sees it."""
-
-    tokens: int
-    """s b / c: of this rank's part of the sequence, where context parallelism divides it."""
-    tensor: int
-    """Tensor-parallel ranks."""
-    is_sequence_divided: bool
-    expert: int
-    """Expert-parallel ranks."""
-    width: int
-    """Bytes of an activation's element."""
-    context: int = 1
-    """Context-parallel ranks."""
-    is_ring: bool = False
-    """Whether these hand keys and values round."""
-
-    @property
-    def own_tokens(self) -> int:
-        """Tokens of the residual stream on this rank."""
-        return self.tokens // self.tensor if self.is_sequence_divided else self.tokens
-
-
-def microbatch(config: ExperimentConfig) -> Microbatch:
-    """The microbatch of a resolved configuration."""
-    parallel = config.parallel
-    precision = config.train.precision or "bf16"
-    tokens = (config.block_size or config.model.seq_length) * (config.batch_size or 1)
-    own = tokens // parallel.context
-    is_ring = parallel.context > 1 and parallel.context_method == "ring"
-    return Microbatch(
-        own, parallel.tensor, parallel.sequence, parallel.expert, WIDTHS[precision], parallel.context, is_ring
-    )
-
-
-def exchanged_groups(num_query_groups: int, batch: Microbatch) -> int:
-    """Key and value heads that context-parallel ranks send each other, over all tensor-parallel ranks."""
-    return math.lcm(num_query_groups // batch.tensor, batch.context) * batch.tensor
-
-
-def layer_bytes(model: ModelConfig, index: int, batch: Microbatch) -> int:
-    """What one layer keeps of one microbatch.
-
-    Args:
-        model: The shape, filled in.
-        index: The layer's, from 0 over the whole model.
-        batch: The microbatch.
-    """
-    residual = batch.own_tokens * (4 * model.hidden_size * batch.width + 2 * _FP32)
-    if isinstance(model, MLAConfig):
-        attention = _latent_attention(model, batch)
-    else:
-        assert isinstance(model, GPTConfig)
-        attention = _grouped_query_attention(model, batch)
-    if isinstance(model, ExpertFields) and model.has_experts(index):
-        return residual + attention + _experts(model, batch)
-    return residual + attention + _swiglu(batch, model.ffn_hidden_size)
-
-
-def _grouped_query_attention(model: GPTConfig, batch: Microbatch) -> int:
-    heads, groups, size = model.num_attention_heads, model.num_query_groups, model.kv_channels
-    assert groups is not None, "a resolved shape is filled in"
-    assert size is not None
-    kept = (3 * heads + 3 * groups) * size  # projection np + 2 ng, turned np + ng, output np
-    if batch.context > 1:
-        kept = (3 * heads + 2 * exchanged_groups(groups, batch)) * size  # exchanged np + 2 ng', output twice
-        if batch.is_ring:
-            kept = 2 * (heads + groups) * size  # turned np, keys and values 2 ng, output np
-        kept += (heads + 2 * groups) * size * model.qk_layernorm  # the projection, for the norms
-    inverses = (heads + groups) * _FP32 if model.qk_layernorm else 0
-    # Grouped queries are no view of the projection: their norm keeps a copy.
-    copied = heads * size if model.qk_layernorm and heads != groups else 0
-    per_token = (kept + copied) * batch.width + heads * _FP32 + inverses
-    return batch.tokens * per_token // batch.tensor
-
-
-def _latent_attention(model: MLAConfig, batch: Microbatch) -> int:
-    heads, wide = model.num_attention_heads, model.qk_head_dim + model.qk_pos_emb_head_dim
-    narrow = model.v_head_dim
-    expanded = heads * (model.qk_head_dim + narrow)
-    output = heads * max(wide, narrow) + (heads * narrow if narrow < wide or batch.context > 1 else 0)
-    if batch.context > 1:
-        expanded = heads * narrow  # values; keys are copied with their rotary part
-    if batch.is_ring:
-        output = heads * narrow
-    per_token = (expanded + 2 * heads * wide + output) * batch.width + heads * _FP32
-    return batch.tokens * per_token // batch.tensor + _latents(model, batch)
-
-
-def _latents(model: MLAConfig, batch: Microbatch) -> int:
-    own, tokens, width = batch.own_tokens, batch.tokens, batch.width
-    # Of keys and values: before its norm a view of the projection with the rotary part, or a part's copy.
-    before = own * model.kv_lora_rank if own < tokens else tokens * (model.kv_lora_rank + model.qk_pos_emb_head_dim)
-    found = (before + own * model.kv_lora_rank) * width + own * _FP32
-    if model.q_lora_rank is not None:
-        # A part of the sequence is a view of the gathered whole.
-        found += (tokens + own) * model.q_lora_rank * width + own * _FP32
-    return found
-
-
-def _swiglu(batch: Microbatch, ffn_hidden_size: int) -> int:
-    return batch.tokens * 3 * ffn_hidden_size * batch.width // batch.tensor
-
-
-def _experts(model: ExpertFields, batch: Microbatch) -> int:
-    own, tokens, width, k = batch.own_tokens, batch.tokens, batch.width, model.moe_router_topk
-    pairs = tokens * k  # where the load is even
-    scores = model.num_moe_experts * _FP32
-    router = own * (scores + k * (_INT64 + _FP32 * model.moe_router_normalize_gates))
-    router += own * _FP32 * model.moe_router_normalize_gates
-    if model.moe_aux_loss_coeff > 0 and model.moe_router_score_function == "sigmoid":
-        router += own * _FP32
-    if model.moe_z_loss_coeff > 0:
-        router += own * (scores + _FP32)
-    if width < _FP32:  # the router works on fp32 copies of its input and of its weight
-        router += (own + model.num_moe_experts) * model.hidden_size * _FP32
-    gate_up = pairs * 2 * model.moe_ffn_hidden_size * width // batch.tensor
-    gates_and_order = pairs * (_FP32 + 2 * _INT64)
-    rows = 0
-    if batch.expert > 1:  # rows that came from other ranks, and whose they are, twice
-        rows = pairs * (model.hidden_size * width + 2 * _INT64)
-    elif own < tokens:  # the gathered sequence
-        rows = tokens * model.hidden_size * width
-    return router + gate_up + gates_and_order + rows + _swiglu(batch, model.moe_shared_expert_intermediate_size)
+from gptoughts.config.recompute import layer_groups, recomputed_modules
+from gptoughts.planning.layers import FP32, INT64, Kept, Microbatch, layer_memory
 
 
 def first_stage_bytes(batch: Microbatch) -> int:
     """What the embedding keeps: ids (whole), and under tensor parallelism which of them are this rank's."""
-    return batch.tokens * (_INT64 * batch.context + (batch.tensor > 1))
+    return batch.tokens * (INT64 * batch.context + (batch.tensor > 1))
 
 
 def rotary_bytes(model: ModelConfig, batch: Microbatch) -> int:
@@ -192,24 +39,50 @@ def last_stage_bytes(model: ModelConfig, batch: Microbatch, output_fraction: flo
         output_fraction: Part of the positions at which the output layer runs.
     """
     own, h = batch.own_tokens, model.hidden_size
-    norm = own * (h * batch.width + _FP32)
+    norm = own * (h * batch.width + FP32)
     is_selected = model.output_layer_fraction() < 1.0
     rows = round(batch.tokens * output_fraction) if is_selected else batch.tokens
-    inputs = rows * (h * batch.width + _INT64) if is_selected else own * h * batch.width
+    inputs = rows * (h * batch.width + INT64) if is_selected else own * h * batch.width
     logits = rows * model.padded_vocab_size * batch.width // batch.tensor
-    loss = rows * (_FP32 + _INT64 + (batch.tensor > 1)) + batch.tokens * _FP32
+    loss = rows * (FP32 + INT64 + (batch.tensor > 1)) + batch.tokens * FP32
     return norm + inputs + logits + loss
 
 
-def multi_token_bytes(model: ModelConfig, batch: Microbatch, output_fraction: float = 1.0) -> int:
-    """What the depths of multi-token prediction keep, each with logits of its own."""
-    if not model.mtp_depths():
-        return 0
+def depth_memory(model: ModelConfig, batch: Microbatch, parallel: ParallelConfig, output_fraction: float) -> Kept:
+    """One depth of multi-token prediction, with logits of its own."""
     h, own = model.hidden_size, batch.own_tokens
-    # The embedding and its norm, the other norm's inverse, and [embedding ; state] ahead of their projection.
-    entrance = own * (3 * h * batch.width + 2 * _FP32) + first_stage_bytes(batch)
-    layer = layer_bytes(model, model.num_layers, batch)
-    return model.mtp_depths() * (entrance + layer + last_stage_bytes(model, batch, output_fraction))
+    # The embedding's output; both norms' inverses, and [embedding ; state] ahead of their projection.
+    embedded = own * h * batch.width + first_stage_bytes(batch)
+    entrance = own * (2 * h * batch.width + 2 * FP32)
+    ends = embedded + last_stage_bytes(model, batch, output_fraction)
+    layer = layer_memory(model, model.num_layers, batch, recomputed_modules(parallel))
+    if parallel.recompute_granularity == "full" and parallel.recompute_method != "block":
+        return Kept(ends, entrance + layer.kept)
+    return Kept(ends + entrance + layer.kept, layer.remade)
+
+
+def multi_token_bytes(model: ModelConfig, batch: Microbatch, output_fraction: float = 1.0) -> int:
+    """What the depths of multi-token prediction keep where nothing is recomputed."""
+    return model.mtp_depths() * depth_memory(model, batch, ParallelConfig(), output_fraction).kept
+
+
+def chunk_memory(model: ModelConfig, layers: Sequence[int], batch: Microbatch, parallel: ParallelConfig) -> Kept:
+    """The layers of a chunk of one microbatch, with the rotary table; what is remade at the fullest moment."""
+    modules = recomputed_modules(parallel)
+    groups = []
+    for group in layer_groups(len(layers), parallel):
+        of_layers = [layer_memory(model, layers[place], batch, modules) for place in group.layers]
+        whole = sum(layer.kept for layer in of_layers)
+        if group.is_recomputed:
+            only_input = batch.own_tokens * model.hidden_size * batch.width
+            groups.append(Kept(only_input, whole - only_input))
+        else:
+            groups.append(Kept(whole, max(layer.remade for layer in of_layers)))
+    most = behind = 0
+    for kept in reversed(groups):  # backward has let go of what is behind
+        most = max(most, kept.remade - behind)
+        behind += kept.kept
+    return Kept(behind + rotary_bytes(model, batch), most)
 
 
 def forwards_in_flight(parallel: ParallelConfig, stage: int, num_microbatches: int) -> int:
@@ -255,17 +128,23 @@ def stage_activation_bytes(
 ) -> int:
     """What a rank of a stage keeps at its fullest, over all microbatches in flight."""
     model, parallel = config.model, config.parallel
-    chunks = [
-        sum(layer_bytes(model, index, batch) for index in layers) + rotary_bytes(model, batch)
-        for layers in stage_layers(model.num_layers, parallel)[stage]
+    of_chunks = [
+        chunk_memory(model, layers, batch, parallel) for layers in stage_layers(model.num_layers, parallel)[stage]
     ]
+    chunks = [chunk.kept for chunk in of_chunks]
     if stage == 0:
         chunks[0] += first_stage_bytes(batch)
     kept = fullest_bytes(chunks, parallel, stage, num_microbatches)
-    if stage == parallel.pipeline - 1:
-        # The loss's backward follows at once.
-        kept += last_stage_bytes(model, batch, output_fraction) + multi_token_bytes(model, batch, output_fraction)
-    return kept
+    remade = max(chunk.remade for chunk in of_chunks)
+    if stage < parallel.pipeline - 1:
+        return kept + remade
+    # The loss's backward follows at once; it is over when that of the layers begins.
+    ends = last_stage_bytes(model, batch, output_fraction)
+    if model.mtp_depths():
+        depth = depth_memory(model, batch, parallel, output_fraction)
+        of_last_depth = max(0, depth.remade - last_stage_bytes(model, batch, output_fraction))
+        ends += model.mtp_depths() * depth.kept + of_last_depth
+    return kept + max(ends, remade)
 
 
 def pipeline_output_bytes(config: ExperimentConfig, batch: Microbatch, stage: int, num_microbatches: int) -> int:

@@ -24,7 +24,7 @@ def best_plans(run: Run, options: Options) -> tuple[list[tuple[Plan, StepTime]],
     Raises:
         ConfigError: nothing is acceptable, or nothing fits.
     """
-    found = search(run)
+    found = search(run, options.limit_bytes)
     if not found.plans:
         raise ConfigError(list(found.problems) or ["no layout: nothing divides the world"])
     fitting = [plan for plan in found.plans if plan.memory.total <= options.limit_bytes]

@@ -34,8 +34,9 @@ from gptoughts.config.pipeline import stage_layers
 from gptoughts.models.expert_shape import ExpertFields
 from gptoughts.models.gpt.config import GPTConfig
 from gptoughts.models.mla.config import MLAConfig
-from gptoughts.planning.activations import Microbatch, exchanged_groups, microbatch
+from gptoughts.planning.layers import Microbatch, exchanged_groups, microbatch
 from gptoughts.planning.memory import Division
+from gptoughts.planning.recompute import stage_parts
 from gptoughts.planning.zero import ZeroSettings
 
 _FP32 = 4
@@ -109,6 +110,22 @@ def context_bytes(config: ExperimentConfig, batch: Microbatch, layers: list[int]
     return 2 * (context - 1) / context * numbers * width * batch.width
 
 
+def second_forward_bytes(config: ExperimentConfig, batch: Microbatch, stage: int) -> dict[str, float]:
+    """Sent once more for one microbatch of a stage where parts of its layers are recomputed, by axis."""
+    found = {"tensor": 0.0, "expert": 0.0, "context": 0.0}
+    h = config.model.hidden_size
+    for index, parts in stage_parts(config.model, config.parallel, stage):
+        # Backward sends as much as forward along these two axes.
+        if parts & {"layer", "moe"}:
+            found["expert"] += expert_bytes(config, batch, [index]) / 2
+        if parts & {"layer", "core_attn"}:
+            found["context"] += context_bytes(config, batch, [index]) / 2
+        # Per half of a layer: a sum of its outputs, or its inputs gathered and its outputs scattered.
+        halves = 2 if "layer" in parts else len(parts & {"mlp", "moe"})
+        found["tensor"] += (batch.tensor - 1) / batch.tensor * batch.tokens * batch.width * 2 * halves * h
+    return found
+
+
 def pipeline_bytes(config: ExperimentConfig, batch: Microbatch) -> float:
     """Sent to neighbours for one microbatch by a stage in the middle."""
     parallel = config.parallel
@@ -117,8 +134,18 @@ def pipeline_bytes(config: ExperimentConfig, batch: Microbatch) -> float:
     return 2 * parallel.virtual_pipeline * batch.own_tokens * config.model.hidden_size * batch.width
 
 
-def data_bytes(division: Division, zero: ZeroSettings, width: int, num_microbatches: int) -> float:
-    """Sent along the data axis in a step."""
+def data_bytes(
+    division: Division, zero: ZeroSettings, width: int, num_microbatches: int, recomputed_fraction: float = 0.0
+) -> float:
+    """Sent along the data axis in a step.
+
+    Args:
+        division: The rank's parameters.
+        zero: DeepSpeed's settings.
+        width: Bytes of a weight.
+        num_microbatches: Of a step.
+        recomputed_fraction: Part of the weights whose products run forward twice; ZeRO-3 gathers them once more.
+    """
 
     def exchanged(elements: int, ranks: int) -> float:
         reduced, returned = float(zero.communication_width), float(width)
@@ -128,7 +155,7 @@ def data_bytes(division: Division, zero: ZeroSettings, width: int, num_microbatc
             reduced *= num_microbatches
         elif zero.stage == 3:
             reduced *= num_microbatches
-            returned *= 2 * num_microbatches
+            returned *= (2 + recomputed_fraction) * num_microbatches
         return (ranks - 1) / ranks * elements * (reduced + returned)
 
     return exchanged(division.dense, division.data) + exchanged(division.routed, division.data // division.expert)
@@ -160,12 +187,16 @@ def step_traffic(
     if is_last:
         layers += [config.model.num_layers] * config.model.mtp_depths()
     replicas = parallel.tensor * division.data
+    again = second_forward_bytes(config, batch, stage)
+    # A layer's weights are mostly those of its feed-forward half.
+    parts_of_layers = [parts for _, parts in stage_parts(config.model, parallel, stage)]
+    recomputed = sum(bool(parts & {"layer", "mlp", "moe"}) for parts in parts_of_layers) / max(1, len(parts_of_layers))
     num_bytes = {
-        "tensor": num_microbatches * tensor_bytes(config, batch, layers, is_last=is_last),
-        "expert": num_microbatches * expert_bytes(config, batch, layers),
-        "context": num_microbatches * context_bytes(config, batch, layers),
+        "tensor": num_microbatches * (tensor_bytes(config, batch, layers, is_last=is_last) + again["tensor"]),
+        "expert": num_microbatches * (expert_bytes(config, batch, layers) + again["expert"]),
+        "context": num_microbatches * (context_bytes(config, batch, layers) + again["context"]),
         "pipeline": num_microbatches * pipeline_bytes(config, batch),
-        "data": data_bytes(division, zero, batch.width, num_microbatches),
+        "data": data_bytes(division, zero, batch.width, num_microbatches, recomputed),
     }
     rates = {
         "tensor": links.of_group(1, parallel.tensor),

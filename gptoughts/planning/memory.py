@@ -30,7 +30,7 @@ from gptoughts.config.model import ModelConfig
 from gptoughts.models.expert_shape import ExpertFields
 from gptoughts.models.flops import StageParameters, stage_parameters
 from gptoughts.planning import activations
-from gptoughts.planning.activations import WIDTHS, Microbatch
+from gptoughts.planning.layers import WIDTHS, Microbatch, microbatch
 from gptoughts.planning.zero import ZeroSettings
 
 _FP32 = 4
@@ -216,7 +216,7 @@ def stage_needs(
         output_fraction: Part of the positions at which the output layer runs, where the objective selects some; all of
             them is the most that can occur.
     """
-    batch, parallel, model = activations.microbatch(config), config.parallel, config.model
+    batch, parallel, model = microbatch(config), config.parallel, config.model
     layer = max(model.parameters_of_layer(index) for index in (0, model.num_layers - 1))
     routed = model.routed_parameters_of_layer(model.num_layers - 1)
     layer_elements = (layer - routed + routed // parallel.expert) // parallel.tensor

@@ -12,11 +12,14 @@ from rich.table import Table
 
 from gptoughts.config.deepspeed_json import DeepSpeedJson
 from gptoughts.config.experiment import ExperimentConfig, ParallelConfig
+from gptoughts.planning import recompute
 from gptoughts.planning.request import GIB, OFFLOAD, Options, shipped_json, shipped_jsons
 from gptoughts.planning.search import PLANNED, Plan, Run, search
 from gptoughts.planning.throughput import StepTime
 
 _AXES = ("tensor", "sequence", "pipeline", "virtual_pipeline", "pipeline_layout", "context", "expert")
+_RECOMPUTE = ("recompute_granularity", "recompute_modules")
+"""What the planner chooses beside axes."""
 _LARGEST_GROWTH = 64
 
 
@@ -24,7 +27,7 @@ def arguments(plan: Plan, flags: Sequence[str]) -> list[str]:
     """The launcher's flags for a plan: those given, and what the planner chose."""
     run, config, default = plan.run, plan.config, ParallelConfig()
     found = list(flags)
-    for axis in _AXES:
+    for axis in (*_AXES, *_RECOMPUTE):
         value = getattr(config.parallel, axis)
         if not run.is_stated(f"parallel.{axis}") and value != getattr(default, axis):
             found += [f"--parallel.{axis}", str(value).lower()]
@@ -49,6 +52,7 @@ def as_json(plan: Plan, time: StepTime, options: Options) -> dict[str, Any]:
     """One plan, JSON-able; bytes are per rank, seconds per step."""
     return {
         **{axis: getattr(plan.config.parallel, axis) for axis in _AXES},
+        **{name: getattr(plan.config.parallel, name) for name in _RECOMPUTE},
         "data": plan.data,
         "zero_stage": plan.zero.stage,
         "deepspeed_config": plan.config.deepspeed_config or plan.json.label or None,
@@ -71,7 +75,8 @@ def table(plans: Sequence[tuple[Plan, StepTime]]) -> Table:
     """One line per plan."""
     found = Table(box=SIMPLE_HEAD)
     titles = (
-        "tp", "pp", "vpp", "cp", "ep", "dp", "ZeRO", "batch", "micro- batches", "GiB", "weights", "grads", "optim",
+        "tp", "pp", "vpp", "cp", "ep", "dp", "ZeRO", "batch", "micro- batches", "recompute", "GiB", "weights",
+        "grads", "optim",
         "activ.", "logits", "buffers", "bubble", "GB sent tp/pp/cp/ep/dp", "link s", "step s", "tokens/s",
     )  # fmt: skip
     for title in titles:
@@ -86,7 +91,7 @@ def table(plans: Sequence[tuple[Plan, StepTime]]) -> Table:
             str(parallel.pipeline), str(parallel.virtual_pipeline), str(parallel.context), str(parallel.expert),
             str(plan.data),
             f"{plan.zero.stage}{' off' if plan.zero.offloads_optimizer else ''}",
-            str(plan.config.batch_size), str(plan.num_microbatches), _gib(memory.total),
+            str(plan.config.batch_size), str(plan.num_microbatches), recompute.describe(parallel), _gib(memory.total),
             *map(_gib, parts),
             f"{time.bubble_fraction:.0%}",
             "/".join(f"{sent[axis] / 1e9:.3g}" for axis in ("tensor", "pipeline", "context", "expert", "data")),
@@ -106,9 +111,10 @@ def describe(plan: Plan) -> str:
     pipeline += f" x context {parallel.context}" if parallel.context > 1 else ""
     expert = f", experts over {parallel.expert}" if parallel.expert > 1 else ""
     offload = " with offload" if plan.zero.offloads_optimizer else ""
+    remade = f", recompute {what}" if (what := recompute.describe(parallel)) else ""
     return (
         f"tensor {parallel.tensor}{pipeline} x data {plan.data}{expert}, ZeRO-{plan.zero.stage}{offload}, "
-        f"batch_size {plan.config.batch_size}"
+        f"batch_size {plan.config.batch_size}{remade}"
     )
 
 
@@ -120,7 +126,9 @@ def why_nothing_fits(run: Run, plans: Sequence[Plan], options: Options) -> list[
         f"({describe(least)}), {options.limit_bytes / GIB:.1f} GiB are usable"
     ]
     for change, other in _changes(run):
-        fitting = [plan for plan in search(other).plans if plan.memory.total <= options.limit_bytes]
+        fitting = [
+            plan for plan in search(other, options.limit_bytes).plans if plan.memory.total <= options.limit_bytes
+        ]
         if fitting:
             # Nearest to what was asked for: the lowest ZeRO stage, then the least memory.
             best = min(fitting, key=lambda plan: (plan.zero.stage, plan.memory.total))
@@ -136,7 +144,8 @@ def _changes(run: Run) -> Iterator[tuple[str, Run]]:
     config = run.config
     if config.deepspeed_config is not None:
         yield "with another --deepspeed_config", _with_jsons(run, shipped_jsons())
-    stated = [name for name in (*(f"parallel.{axis}" for axis in _AXES), "batch_size") if run.is_stated(name)]
+    names = (*(f"parallel.{field}" for field in (*_RECOMPUTE, *_AXES)), "batch_size")
+    stated = [name for name in names if run.is_stated(name)]
     for name in stated:
         yield f"without {name}={_at(config, name)}", _without(run, [name])
     free = _with_jsons(_without(run, stated), shipped_jsons())

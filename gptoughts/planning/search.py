@@ -18,6 +18,7 @@ from gptoughts.config.pipeline import microbatch_problems, suggested_layout
 from gptoughts.config.validate import resolve_batch, validate
 from gptoughts.models.family import Family
 from gptoughts.planning.memory import RankMemory, StageNeeds, largest_memory, stage_needs
+from gptoughts.planning.recompute import ladder
 from gptoughts.planning.throughput import Machine, StepTime, step_time
 from gptoughts.planning.zero import ZeroSettings
 
@@ -141,8 +142,14 @@ class Search:
     """What the checks said of what they refused, each line once."""
 
 
-def search(run: Run) -> Search:
-    """Try every candidate."""
+def search(run: Run, limit_bytes: float | None = None) -> Search:
+    """Try every candidate.
+
+    Args:
+        run: What is to be planned.
+        limit_bytes: Of a rank. A layout that needs more recomputes what it takes to fit, the cheapest first, unless the
+            run states what is recomputed; where nothing is enough, the most.
+    """
     found = Search()
     for parallel in layouts(run):
         config = replace(run.config, parallel=parallel)
@@ -162,10 +169,34 @@ def search(run: Run) -> Search:
             found.problems |= dict.fromkeys(problems)
             if not problems:
                 needs = stage_needs(fitted, data=data, num_microbatches=num_microbatches)
-                found.plans += [
+                plans = [
                     Plan(run, fitted, json, zero, data, num_microbatches, needs)
                     for json, zero in zip(run.jsons, settings, strict=True)
                 ]
+                found.plans += plans if limit_bytes is None else _recomputing(run, plans, limit_bytes)
+    return found
+
+
+def _recomputing(run: Run, plans: Sequence[Plan], limit_bytes: float) -> list[Plan]:
+    """Plans of one layout and microbatch, each with the recompute that lets it fit."""
+    steps = [] if run.is_stated("parallel.recompute_granularity") else ladder(run.config.model)
+    needs: dict[int, Sequence[StageNeeds]] = {}
+
+    def on_step(plan: Plan, number: int) -> Plan:
+        config = replace(plan.config, parallel=replace(plan.config.parallel, **steps[number]))
+        if number not in needs:
+            needs[number] = stage_needs(config, data=plan.data, num_microbatches=plan.num_microbatches)
+        return replace(plan, config=config, needs=needs[number])
+
+    found = []
+    for plan in plans:
+        chosen = plan
+        if steps and plan.memory.total > limit_bytes:
+            chosen = on_step(plan, len(steps) - 1)
+            if chosen.memory.total <= limit_bytes:
+                cheaper = (on_step(plan, number) for number in range(len(steps)))
+                chosen = next(other for other in cheaper if other.memory.total <= limit_bytes)
+        found.append(chosen)
     return found
 
 

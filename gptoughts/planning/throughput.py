@@ -20,6 +20,7 @@ from gptoughts.models.family import Family
 from gptoughts.models.flops import flops_of_ends_per_token, flops_of_layers_per_token, stage_parameters
 from gptoughts.planning.communication import Links, Traffic, step_traffic
 from gptoughts.planning.memory import divide
+from gptoughts.planning.recompute import second_forward_flops_per_token
 from gptoughts.planning.zero import ZeroSettings
 
 
@@ -49,7 +50,8 @@ class StepTime:
 
 
 def stage_flops_per_token(family: Family, config: ExperimentConfig) -> list[int]:
-    """Floating-point operations per token of each stage, over all its tensor- and context-parallel ranks."""
+    """Floating-point operations per token of each stage, recompute included, over all its tensor- and context-parallel
+    ranks."""
     model, parallel = config.model, config.parallel
     length = config.block_size or model.seq_length
     found = []
@@ -58,6 +60,7 @@ def stage_flops_per_token(family: Family, config: ExperimentConfig) -> list[int]
         flops = flops_of_layers_per_token(family, model, layers, length)
         if stage == parallel.pipeline - 1:
             flops += flops_of_ends_per_token(family, model, length)
+        flops += second_forward_flops_per_token(family, model, parallel, stage, length)
         found.append(flops)
     return found
 

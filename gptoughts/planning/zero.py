@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from gptoughts.planning.activations import WIDTHS
+from gptoughts.planning.layers import WIDTHS
 
 _FP32 = 4
 _DEFAULT_BUCKET_ELEMENTS = 500_000_000

@@ -12,15 +12,13 @@ from gptoughts.models.gpt.config import GPTConfig
 from gptoughts.models.llada.config import LLaDAConfig
 from gptoughts.models.mla.config import MLAConfig
 from gptoughts.planning.activations import (
-    Microbatch,
     forwards_in_flight,
     fullest_bytes,
     last_stage_bytes,
-    layer_bytes,
-    microbatch,
     pipeline_output_bytes,
     stage_activation_bytes,
 )
+from gptoughts.planning.layers import Microbatch, layer_bytes, microbatch
 
 GPT = GPTConfig(num_layers=2, hidden_size=8, ffn_hidden_size=24, num_attention_heads=4, vocab_size=100).filled()
 ONE_TOKEN = Microbatch(tokens=1, tensor=1, is_sequence_divided=False, expert=1, width=2)

@@ -12,7 +12,6 @@ from gptoughts.models.flops import flops_per_token
 from gptoughts.models.gpt.config import GPTConfig
 from gptoughts.models.mla.config import MLAConfig
 from gptoughts.models.registry import FAMILIES
-from gptoughts.planning.activations import Microbatch
 from gptoughts.planning.communication import (
     Links,
     context_bytes,
@@ -22,6 +21,7 @@ from gptoughts.planning.communication import (
     step_traffic,
     tensor_bytes,
 )
+from gptoughts.planning.layers import Microbatch
 from gptoughts.planning.memory import Division
 from gptoughts.planning.throughput import Machine, stage_flops_per_token, step_time
 from gptoughts.planning.zero import ZeroSettings

@@ -14,8 +14,11 @@ import torch
 from torch import Tensor
 
 from gptoughts.models import moe
+from gptoughts.models.recompute import RemadeOutputs
 from gptoughts.models.stages import shared_embedding_weight
 from tests.harness import Layout, ToyRun, step_microbatches
+
+_PACK, _UNPACK, _MAKE = RemadeOutputs.pack, RemadeOutputs.unpack, RemadeOutputs._make
 
 
 def storage_bytes(tensors: Iterable[Any]) -> int:
@@ -44,8 +47,28 @@ class KeptTensors:
                 weakref.finalize(indices, self._drop, indices.untyped_storage().data_ptr())
             return assignment
 
+        def pack(remade: RemadeOutputs, tensor: Tensor) -> Any:
+            noted = _PACK(remade, tensor)
+            return self._pack(tensor) if noted is tensor else noted
+
+        def make(remade: RemadeOutputs, place: int) -> Tensor:
+            is_first = remade._made is None
+            made = _MAKE(remade, place)
+            if is_first:
+                for tensor in remade._made or ():
+                    self._add(tensor)
+                    weakref.finalize(tensor, self._drop, tensor.untyped_storage().data_ptr())
+            return made
+
         assign = moe.assign
-        with patch.object(moe, "assign", recorded), torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack):
+        with (
+            patch.object(moe, "assign", recorded),
+            # Its hooks stand in front of these.
+            patch.object(RemadeOutputs, "pack", pack),
+            patch.object(RemadeOutputs, "unpack", lambda remade, saved: _unpack(_UNPACK(remade, saved))),
+            patch.object(RemadeOutputs, "_make", make),
+            torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack),
+        ):
             yield
 
     def _pack(self, tensor: Tensor) -> Any:

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from gptoughts.config.experiment import ExperimentConfig
-from gptoughts.planning.activations import microbatch, pipeline_output_bytes
+from gptoughts.planning.activations import pipeline_output_bytes
+from gptoughts.planning.layers import microbatch
 from gptoughts.planning.memory import (
     Division,
     StageNeeds,
@@ -26,6 +27,12 @@ from tests.planning.measure import measure
 LARGEST_ERROR = 0.1
 _HEAD_NORMS = "--model.qk_layernorm=true"
 _WHOLE_ROWS = ("--model.random_length_probability=0",)  # cut samples keep masks, which are not predicted
+_FULL = ("--parallel.recompute_granularity=full",)
+_PAIRS = (*_FULL, "--parallel.recompute_num_layers=2")
+
+
+def _selective(*modules: str) -> tuple[str, ...]:
+    return ("--parallel.recompute_granularity=selective", f"--parallel.recompute_modules={','.join(modules)}")
 
 
 def settings(stage: int, **block: object) -> ZeroSettings:
@@ -116,6 +123,9 @@ def cases() -> list[object]:
         ("deepseek", Layout(data=2, expert=2, zero=1, precision="bf16")),
         ("llada", Layout(data=2, zero=2, precision="bf16", accumulation=2, extra=_WHOLE_ROWS)),
         ("deepseek", Layout(context=2, data=1, zero=3, expert=2)),
+        ("gpt", Layout(layers=4, extra=_FULL)),
+        ("gpt", Layout(pipeline=2, layers=4, accumulation=2, extra=_selective("layernorm", "core_attn"))),
+        ("deepseek", Layout(layers=3, extra=_selective("mla_up_proj", "moe", "layernorm"))),
     ]
     slow = [
         ("gpt", Layout()),
@@ -138,10 +148,25 @@ def cases() -> list[object]:
         ("llada", Layout(tensor=2, sequence=True, extra=_WHOLE_ROWS)),
         ("llada-moe", Layout(data=2, zero=1, extra=_WHOLE_ROWS)),
         ("llada-mla-moe", Layout(precision="bf16", extra=_WHOLE_ROWS)),
+        *(("gpt", Layout(layers=4, extra=_selective(name))) for name in ("core_attn", "layernorm", "mlp")),
+        *(("mla", Layout(layers=4, extra=_selective(*names))) for names in (("mla_up_proj",), ("core_attn",))),
+        ("mla", Layout(layers=4, extra=(*_selective("mla_up_proj", "core_attn"), "--model.q_lora_rank=64"))),
+        ("mla", Layout(tensor=2, sequence=True, extra=_selective("mla_up_proj", "layernorm", "mlp"))),
+        *(("deepseek", Layout(layers=3, extra=_selective(*names))) for names in (("shared_experts",), ("moe", "mlp"))),
+        ("deepseek", Layout(layers=4, extra=(*_FULL, "--model.mtp_num_layers=1"))),
+        ("deepseek", Layout(pipeline=2, data=2, layers=4, accumulation=4, zero=3, extra=_FULL)),
+        ("gpt", Layout(pipeline=2, virtual=2, layers=8, accumulation=4, precision="bf16", extra=_PAIRS)),
+        ("gpt", Layout(layers=4, extra=(*_FULL, "--parallel.recompute_method=block"))),
+        ("llada", Layout(tensor=2, layers=4, precision="bf16", extra=(*_WHOLE_ROWS, *_PAIRS))),
     ]
-    return [pytest.param(*case, id=f"{case[0]}-{case[1]}") for case in default] + [
-        pytest.param(*case, id=f"{case[0]}-{case[1]}", marks=pytest.mark.slow) for case in slow
+    return [pytest.param(*case, id=_name(*case)) for case in default] + [
+        pytest.param(*case, id=_name(*case), marks=pytest.mark.slow) for case in slow
     ]
+
+
+def _name(family: str, layout: Layout) -> str:
+    values = [flag.partition("=")[2] for flag in layout.extra if flag.startswith("--parallel.recompute_")]
+    return "-".join([f"{family}-{layout}", *values])
 
 
 @pytest.mark.parametrize(("family", "layout"), cases())

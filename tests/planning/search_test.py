@@ -110,8 +110,9 @@ def test_what_does_not_fit_says_what_it_needs_and_what_would() -> None:
 
 
 def test_a_stated_axis_in_the_way_is_named() -> None:
-    flags = ("--gpus", "8", *COMMON, "--model_type", "gpt", "--size", "llama-3-8b")
+    flags = ("--gpus", "8", *COMMON, "--gpu_memory_gib", "30", "--model_type", "gpt", "--size", "llama-3-8b")
     lines = refusal(*flags, "--parallel.tensor", "1", "--batch_size", "8")
+    assert lines[0].endswith("recompute full), 27.0 GiB are usable")
     assert lines[1].startswith("without parallel.tensor=1: tensor 8 x data 1")
 
 

@@ -51,6 +51,10 @@ class MLAConfig(ModelConfig):
         """The shared part is turned."""
         return self.qk_pos_emb_head_dim
 
+    def recompute_modules(self) -> tuple[str, ...]:
+        """The projections from the latents besides."""
+        return (*super().recompute_modules(), "mla_up_proj")
+
     def attention_parameters(self) -> int:
         """Down and up projections of queries and of keys and values, the output projection, and the latent norms."""
         hidden, heads = self.hidden_size, self.num_attention_heads

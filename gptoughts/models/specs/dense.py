@@ -12,11 +12,13 @@ from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
-from torch import nn
+from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
+from torch import Tensor, nn
 
 from gptoughts.models.attention import SelfAttention
 from gptoughts.models.context_attention import context_parallel
+from gptoughts.models.decoder_layer import DecoderLayer
+from gptoughts.models.recompute import recomputes, run_again
 from gptoughts.models.specs.backends import SpecBackend, select_backend
 
 
@@ -61,7 +63,7 @@ def grouped_query_attention(
 def decoder_layer(attention: ModuleSpec, backend: SpecBackend, mlp: type[nn.Module] | None = None) -> ModuleSpec:
     """A pre-norm layer around the given attention and feed-forward half; unset: a dense SwiGLU."""
     return ModuleSpec(
-        module=TransformerLayer,
+        module=DecoderLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=backend.norm,
             self_attention=attention,
@@ -103,5 +105,11 @@ def dense_mlp_class(backend: SpecBackend, mlp: type[MLP] | None = None) -> type[
         ) -> None:
             tp_group = pg_collection.tp if pg_collection is not None else None
             super().__init__(config, submodules, ffn_hidden_size=config.ffn_hidden_size, tp_group=tp_group)
+
+        def forward(self, hidden_states: Tensor, **options: Any) -> tuple[Tensor, Tensor | None]:
+            if not (self.training and recomputes(self.config, "mlp")):
+                return super().forward(hidden_states, **options)
+            forward = super().forward
+            return run_again(self.config, lambda x: forward(x, **options), hidden_states)
 
     return DenseMLP
