@@ -102,7 +102,8 @@ def step_microbatches(experiment: Experiment, objective: Objective, step: int, d
     """This data-parallel rank's microbatches of one step, cut from the same global batch in every layout."""
     rows = experiment.config.batch_size or 1
     first = step * experiment.samples_per_step
-    everything = text_rows(first + experiment.samples_per_step, SEQUENCE + objective.num_extra_tokens)
+    length = experiment.config.block_size or SEQUENCE
+    everything = text_rows(first + experiment.samples_per_step, length + objective.num_extra_tokens)
     found = []
     for microbatch in range(experiment.num_microbatches):
         start = first + (microbatch * experiment.data_parallel_size + data_rank) * rows

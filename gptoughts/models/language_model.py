@@ -25,6 +25,7 @@ from gptoughts.models.construction import ConstructionContext
 from gptoughts.models.context_attention import is_zigzag
 from gptoughts.models.cross_entropy import cross_entropy
 from gptoughts.models.decoder_layer import recompute_whole_layers
+from gptoughts.models.embedding_copy import copy_of_embedding, lookup_in
 from gptoughts.models.fp8 import Fp8Products, prepare_fp8, switch_on_fp8
 from gptoughts.models.initialization import Gathered, initialize_parameters, keep_as_is
 from gptoughts.models.multi_token_prediction import MultiTokenInputs, MultiTokenPrediction
@@ -33,8 +34,6 @@ from gptoughts.models.rotary import rotary_table
 from gptoughts.models.selection import own_selection
 from gptoughts.parallel import groups
 from gptoughts.parallel.context import own_part
-from gptoughts.parallel.shared_embedding import copy_of_embedding
-from gptoughts.platform import device
 
 
 class LanguageModel(GPTModel):
@@ -94,15 +93,21 @@ class LanguageModel(GPTModel):
         self.rotary_base = rotary_base
         self.rotary_frequencies = rotary_frequencies
         self.rotary_amplitude = rotary_amplitude
+        self.ties_output_layer = share_embeddings_and_output_weights
+        self.shares_embedding = bool(share_embeddings_and_output_weights or mtp_num_layers) and (
+            pre_process != post_process
+        )
         self.embedding_copy: Tensor | None = None
-        if share_embeddings_and_output_weights and post_process and not pre_process:
-            self.embedding_copy = _without_parameter(self.output_layer, config.params_dtype)
-        self.shares_embedding = share_embeddings_and_output_weights and pre_process != post_process
+        if self.shares_embedding and post_process:
+            self.embedding_copy = copy_of_embedding(config, vocab_size)
+            if mtp_num_layers:
+                self.embedding = lookup_in(self.embedding_copy, config, vocab_size, seq_length)
+            if share_embeddings_and_output_weights:
+                self.output_layer.register_parameter("weight", None)
         self.mtp_num_layers = mtp_num_layers
         self.fp8: Fp8Products | None = None
         """Unset: no FP8."""
         if mtp_num_layers and post_process:
-            assert pre_process, "multi-token prediction needs the embedding where the output layer is"
             layer, norm = block_spec.layer_specs[-1], block_spec.layer_norm
             self.mtp = MultiTokenPrediction(config, mtp_num_layers, layer, norm, vp_stage=vp_stage)
 
@@ -179,7 +184,7 @@ class LanguageModel(GPTModel):
         """The output layer's matrix where it is not its own."""
         if self.share_embeddings_and_output_weights:
             return self.shared_embedding_or_output_weight()
-        return self.embedding_copy
+        return self.embedding_copy if self.ties_output_layer else None
 
     def token_loss(self, hidden_states: Tensor, labels: Tensor, selected_positions: Tensor | None) -> Tensor:
         """fp32 [b, s] of hidden states [s, b, h], this rank's part; labels and selected positions are the whole's.
@@ -245,13 +250,6 @@ class LanguageModel(GPTModel):
             amplitude=self.rotary_amplitude,
         )
         return self.own_part(table[:, :length]) if position_ids is None else table
-
-
-def _without_parameter(layer: Any, dtype: torch.dtype) -> Tensor:
-    """Take a layer's matrix away; returns what is to be handed to it in each forward."""
-    shape = getattr(layer.weight, "ds_shape", layer.weight.shape)
-    layer.register_parameter("weight", None)
-    return copy_of_embedding(shape, dtype, device.current_device())
 
 
 @contextmanager

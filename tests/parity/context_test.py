@@ -1,6 +1,6 @@
 """Context parallelism equals the one-rank run, beside every other axis and ZeRO stage, for every family.
 
-Tolerances are those of layouts_test.
+Tolerances are those of comparison.
 """
 
 from __future__ import annotations
@@ -14,8 +14,7 @@ from gptoughts.models.registry import FAMILIES
 from tests.distributed import run_distributed
 from tests.harness import VARIANTS, Layout
 from tests.parity import mtp_layouts_test as weighted
-from tests.parity.expert_test import resume, save_after_three
-from tests.parity.layouts_test import (
+from tests.parity.comparison import (
     LATER_LOSS_RELATIVE,
     STEP_1_GRADIENT_RELATIVE,
     STEP_1_LOSS_RELATIVE,
@@ -26,6 +25,7 @@ from tests.parity.layouts_test import (
     relative,
     run_case,
 )
+from tests.parity.expert_test import resume, save_after_three
 
 ALL_GATHER = ("--model.moe_token_dispatcher_type=allgather",)
 LAYOUTS = [
