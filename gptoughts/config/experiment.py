@@ -157,7 +157,7 @@ class StabilityConfig:
     """Copy this rank's weights and moments to the host's memory every so many steps (12 bytes per parameter of the
     rank); 0: roll back to checkpoints only."""
     max_skips: int = 3
-    """Updates skipped in a row; the next trouble rolls back."""
+    """Updates skipped without calm_steps between them; the next trouble rolls back."""
     max_rollbacks: int = 2
     """Rollbacks without calm_steps between them; the next trouble takes layers out of FP8, or where none is in it cuts
     the learning rate."""
@@ -167,7 +167,7 @@ class StabilityConfig:
     max_lr_cuts: int = 2
     """Cuts without calm_steps between them; the next trouble stops the run."""
     calm_steps: int = 20
-    """Steps beyond the latest trouble after which rollbacks and cuts are forgotten."""
+    """Steps beyond the latest trouble after which what was done about it is forgotten and snapshots are taken again."""
     lr_cut_factor: float = 0.5
     """What cut_lr multiplies the learning rate by."""
     lr_cut_steps: int = 100
