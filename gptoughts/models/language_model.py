@@ -5,9 +5,7 @@ Legend: s sequence, b microbatch, h hidden, v vocabulary on this rank.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from typing import Any
+from contextlib import nullcontext
 
 import torch
 from megatron.core.models.gpt import GPTModel
@@ -31,7 +29,7 @@ from gptoughts.models.initialization import Gathered, initialize_parameters, kee
 from gptoughts.models.multi_token_prediction import MultiTokenInputs, MultiTokenPrediction
 from gptoughts.models.parameter_names import global_buffer_names, global_parameter_names
 from gptoughts.models.rotary import rotary_table
-from gptoughts.models.selection import own_selection
+from gptoughts.models.selection import given_whole_sequence, own_selection
 from gptoughts.parallel import groups
 from gptoughts.parallel.context import own_part
 
@@ -157,7 +155,7 @@ class LanguageModel(GPTModel):
         if labels is None and selected_positions is not None:
             assert groups.context_parallel_size() == 1, "whoever generates has whole sequences"
             rows = self._selected_rows(hidden_states, selected_positions, input_ids.size(1))
-            with _given_whole_sequence(self.output_layer):
+            with given_whole_sequence(self.output_layer):
                 return self.logits(rows).squeeze(1)
         if labels is None:
             return self.logits(hidden_states).transpose(0, 1)
@@ -210,7 +208,7 @@ class LanguageModel(GPTModel):
         """Loss [b, s] at the selected positions and 0 elsewhere, of [s, b, h] (s this rank's part, where divided)."""
         b, s = labels.shape
         rows = self._selected_rows(hidden_states, selected, s)
-        with _given_whole_sequence(self.output_layer):
+        with given_whole_sequence(self.output_layer):
             logits, _ = self.output_layer(rows, weight=weight)
         loss = self.compute_language_model_loss(labels.reshape(-1)[None, selected], logits)
         return loss.new_zeros(b * s).index_copy(0, selected, loss.view(-1)).view(b, s)
@@ -250,17 +248,6 @@ class LanguageModel(GPTModel):
             amplitude=self.rotary_amplitude,
         )
         return self.own_part(table[:, :length]) if position_ids is None else table
-
-
-@contextmanager
-def _given_whole_sequence(layer: Any) -> Iterator[None]:
-    """Inside, a column-parallel layer does not gather its input, although sequence parallelism is on."""
-    before = layer.sequence_parallel
-    layer.sequence_parallel = False
-    try:
-        yield
-    finally:
-        layer.sequence_parallel = before
 
 
 def build_language_model(

@@ -1,8 +1,10 @@
-"""Which of the selected positions of a microbatch are this context-parallel rank's."""
+"""Output layer at selected positions: which of them are this context-parallel rank's, and rows that are whole already."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,3 +31,14 @@ def own_selection(selected: Tensor, shape: Sequence[int], own_part: Callable[[Te
     is_selected = torch.zeros(shape, dtype=torch.bool, device=selected.device)
     is_selected.view(-1)[selected] = True
     return select_positions(own_part(is_selected))
+
+
+@contextmanager
+def given_whole_sequence(layer: Any) -> Iterator[None]:
+    """Inside, a column-parallel layer does not gather its input, although sequence parallelism is on."""
+    before = layer.sequence_parallel
+    layer.sequence_parallel = False
+    try:
+        yield
+    finally:
+        layer.sequence_parallel = before
