@@ -1,4 +1,4 @@
-"""Output layer at selected positions: which of them are this context-parallel rank's, and rows that are whole already."""
+"""The output layer at selected positions: which are this context-parallel rank's; rows that are whole already."""
 
 from __future__ import annotations
 
