@@ -36,7 +36,7 @@ DEV         := $(VENV)/.installed-dev
 TOKENIZER   := $(CORPUS)/tokenizer/tokenizer.json
 DATA        := $(CORPUS)/python
 
-.PHONY: help install corpus pretrain sample plot test test-all check bench clean
+.PHONY: help install corpus pretrain sample plot test test-all parity check bench clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -79,8 +79,11 @@ plot: $(INSTALLED)  ## draw the loss curve of RUN
 test: $(DEV)  ## all tests but the slow ones
 	$(PYTEST) -m "not slow"
 
-test-all: $(DEV)  ## all tests
+test-all: $(DEV) parity  ## all tests
 	$(PYTEST)
+
+parity: $(DEV)  ## every layout of every family against one rank; goes on where it was stopped; ARGS="--shard 1/4"
+	$(BIN)/python -m tests.parity.matrix $(ARGS)
 
 check: $(DEV)  ## linters and types
 	$(BIN)/ruff check .

@@ -2,7 +2,7 @@
 
     python -m benchmarks.recovery --data data_cache/stdlib-8192/python --output runs/recovery
 
-After the update of one step an element of the output layer's matrix becomes 10,000, as a flipped bit of its exponent
+After the update of one step an element of the output layer's matrix becomes -10,000, as a flipped bit of its exponent
 would make it; later one sample brings a NaN into a gradient. Prints each run's validation loss and the guard's events,
 and draws ``recovery.png`` (the picture in docs/stability.md).
 """
@@ -35,7 +35,7 @@ def faults(steps: int) -> list[Fault]:
     """A broken weight after half of the run, a bad sample at three quarters."""
     sample = _SAMPLES_PER_STEP * (3 * steps // 4) + 2
     return [
-        Fault("corrupted_weight", parameter="output_layer.weight", step=steps // 2, value=1e4),
+        Fault("corrupted_weight", parameter="output_layer.weight", step=steps // 2, value=-1e4),
         Fault("nan_gradient", (sample,)),
     ]
 
@@ -53,10 +53,11 @@ def main() -> None:
     shutil.rmtree(options.output, ignore_errors=True)
     for name, is_guarded in CASES.items():
         arguments = [
-            "--model_type=mla", "--size=debug", "--model.num_layers=2", "--block_size=128", "--batch_size=8",
+            "--model_type=mla", "--size=debug", "--model.num_layers=2", "--model.hidden_size=128",
+            "--model.ffn_hidden_size=256", "--block_size=64", f"--batch_size={_SAMPLES_PER_STEP}", "--optim.lr=1e-3",
             f"--data={options.data}", f"--output_dir={options.output / name}", f"--train.steps={options.steps}",
             "--log.interval_steps=1", "--log.plot=false", "--checkpoint.interval_steps=0", "--train.valid_samples=32",
-            f"--train.valid_interval_steps={max(1, options.steps // 8)}", f"--stability.enabled={is_guarded}".lower(),
+            f"--train.valid_interval_steps={max(1, options.steps // 4)}", f"--stability.enabled={is_guarded}".lower(),
             "--stability.snapshot_interval_steps=10",
         ]  # fmt: skip
         injected = [] if name == "undisturbed" else faults(options.steps)

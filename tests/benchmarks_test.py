@@ -20,6 +20,7 @@ SMALLEST: dict[str, tuple[str, ...]] = {
     "moe_step": FEW_STEPS,
     "masked_head": FEW_STEPS,
     "checkpoint": ("--rounds", "1"),
+    "fp8_step": ("--steps", "1", "--warmup_steps", "0", "--batch_size", "1", "--block_size", "64"),
     "diffusion": (
         "--size",
         "debug",

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ TOKENIZER_CONFIG = "tokenizer_config.json"
 WEIGHTS_ONLY = "weights_only"
 """Key of a manifest: the checkpoint holds no optimizer state, so that a run can start from it but not resume."""
 FORMAT_VERSION = 1
+_OWN_CHECKSUM = "xxh3_128"
 _PARTIAL = ".partial"
 _CHUNK_BYTES = 1 << 24
 
@@ -110,7 +111,15 @@ def write_manifest(folder: Path, files: dict[str, FileRecord], header: dict[str,
     """Write ``manifest.json`` into a folder whose other files are on the disk."""
     listing = {name: {"bytes": record.num_bytes, "xxh3_128": record.xxh3_128} for name, record in sorted(files.items())}
     manifest = {"format_version": FORMAT_VERSION, **header, "files": listing}
-    write_atomically(folder / MANIFEST, json.dumps(manifest, indent=2) + "\n")
+    content = json.loads(json.dumps(manifest))  # as it will be read
+    text = json.dumps(content | {_OWN_CHECKSUM: _checksum_of_manifest(content)}, indent=2)
+    write_atomically(folder / MANIFEST, text + "\n")
+
+
+def _checksum_of_manifest(manifest: Mapping[str, Any]) -> str:
+    """Of everything but the checksum itself."""
+    content = {key: value for key, value in manifest.items() if key != _OWN_CHECKSUM}
+    return xxhash.xxh3_128(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -130,6 +139,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: damaged (not a checkpoint manifest)") from None
     if version != FORMAT_VERSION:
         raise CheckpointError(f"{path}: format_version={version}; this version reads {FORMAT_VERSION}")
+    # Earlier versions wrote none.
+    if manifest.get(_OWN_CHECKSUM, _checksum_of_manifest(manifest)) != _checksum_of_manifest(manifest):
+        raise CheckpointError(f"{path}: damaged (its content has changed since it was saved)")
     return manifest
 
 

@@ -29,8 +29,10 @@ class ParallelConfig:
     expert: int = 1
     """Data-parallel ranks that share each layer's routed experts (expert parallelism; needs a model with experts)."""
     context: int = 1
-    """Ranks that share each sequence, a run of consecutive tokens each (context parallelism); attention exchanges heads
-    for tokens, so that num_attention_heads / tensor has to be a multiple."""
+    """Ranks that share each sequence (context parallelism)."""
+    context_method: Literal["ulysses", "ring"] = "ulysses"
+    """What they send each other in attention: ulysses exchanges heads for tokens, so that num_attention_heads / tensor
+    has to be a multiple of context; ring hands keys and values round, with any number of heads."""
     sequence: bool = False
     """Shard norms and residuals over the tensor-parallel ranks along the sequence (needs tensor > 1)."""
     recompute_granularity: Literal["none", "full", "selective"] = "none"
@@ -155,7 +157,7 @@ class StabilityConfig:
     """Copy this rank's weights and moments to the host's memory every so many steps (12 bytes per parameter of the
     rank); 0: roll back to checkpoints only."""
     max_skips: int = 3
-    """Updates skipped in a row; the next trouble rolls back."""
+    """Updates skipped without calm_steps between them; the next trouble rolls back."""
     max_rollbacks: int = 2
     """Rollbacks without calm_steps between them; the next trouble takes layers out of FP8, or where none is in it cuts
     the learning rate."""
@@ -165,7 +167,7 @@ class StabilityConfig:
     max_lr_cuts: int = 2
     """Cuts without calm_steps between them; the next trouble stops the run."""
     calm_steps: int = 20
-    """Steps beyond the latest trouble after which rollbacks and cuts are forgotten."""
+    """Steps beyond the latest trouble after which what was done about it is forgotten and snapshots are taken again."""
     lr_cut_factor: float = 0.5
     """What cut_lr multiplies the learning rate by."""
     lr_cut_steps: int = 100

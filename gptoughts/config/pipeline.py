@@ -46,12 +46,6 @@ def pipeline_problems(config: ExperimentConfig, sources: Mapping[str, str]) -> l
     virtual_is = f"parallel.virtual_pipeline={parallel.virtual_pipeline} ({sources['parallel.virtual_pipeline']})"
     if min(parallel.pipeline, parallel.virtual_pipeline, num_layers) < 1:
         return []
-    if parallel.pipeline > 1 and config.model.mtp_depths():
-        return [
-            f"{pipeline_is}: model.mtp_num_layers={config.model.mtp_depths()} ({sources['model.mtp_num_layers']}): "
-            "multi-token prediction needs the embedding on the stage of the output layer as well, which is not built "
-            "in this version; set it to 0, or use one stage"
-        ]
     if parallel.pipeline_layout is not None:
         return _layout_problems(parallel, num_layers, sources)
     if parallel.pipeline == 1:

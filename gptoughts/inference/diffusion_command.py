@@ -134,7 +134,10 @@ class DiffusionAnswerer:
         found = []
         for start in range(0, len(prompts), self.command.batch_rows):
             some = prompts[start : start + self.command.batch_rows]
-            restored = self.sampler.restore([self._row(prompt) for prompt in some], self.command)
+            rows = [self._row(prompt) for prompt in some]
+            # Of many prompts nothing is drawn (``refusals``); a file may hold one.
+            with self._drawn(rows[0]) as view:
+                restored = self.sampler.restore(rows, self.command, on_step=None if view is None else view.on_step)
             found += [self._answer(prompt, one) for prompt, one in zip(some, restored, strict=True)]
         return found
 

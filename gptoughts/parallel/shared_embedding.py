@@ -1,4 +1,4 @@
-"""The embedding matrix where the last pipeline stage uses it as well: as the output layer, or to look tokens up.
+"""The embedding matrix where the last pipeline stage uses it as well: as the output layer, to look tokens up, or both.
 
 One stage owns the parameter: the first, with its optimizer state and its place in norms and checkpoints. The last one
 computes with a copy that is no parameter. In each step the copy's gradient, summed over the microbatches in fp32, is
@@ -88,8 +88,3 @@ class SharedEmbedding:
         else:
             self._gradient += weight.grad
         weight.grad = None
-
-
-def copy_of_embedding(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """What the last stage computes with: zeros until the first :meth:`SharedEmbedding.refresh`. Collective: none."""
-    return torch.zeros(*shape, dtype=dtype, device=device).requires_grad_()

@@ -178,7 +178,7 @@ class StageNeeds:
     logits: int
     temporaries: int
     copied_elements: int
-    """Of a tied embedding that another stage owns."""
+    """Of an embedding that another stage owns."""
     layer_elements: int
     """Parameters of the largest layer on a rank."""
     tensor_elements: int = 0
@@ -223,7 +223,8 @@ def stage_needs(
     found = []
     for stage, parameters in enumerate(stage_parameters(model, parallel)):
         is_last = stage == parallel.pipeline - 1
-        is_copied = is_last and parallel.pipeline > 1 and not model.untie_embeddings_and_output_weights
+        needs_embedding = not model.untie_embeddings_and_output_weights or model.mtp_depths() > 0
+        is_copied = is_last and parallel.pipeline > 1 and needs_embedding
         kept = activations.stage_activation_bytes(config, batch, stage, num_microbatches, output_fraction)
         sent = activations.pipeline_output_bytes(config, batch, stage, num_microbatches)
         found.append(
@@ -256,7 +257,7 @@ def rank_memory(needs: StageNeeds, zero: ZeroSettings, width: int) -> RankMemory
         width,
         layer_elements=needs.layer_elements,
         kept=needs.kept,
-        # The copy of a tied embedding has an fp32 gradient during a step.
+        # The copy of an embedding has an fp32 gradient during a step.
         temporaries=needs.temporaries + _FP32 * needs.copied_elements + cut_gradient_bytes(needs, zero, width),
     )
     on_host = [name for name, is_there in _offloaded(zero).items() if is_there]

@@ -134,9 +134,9 @@ def draw(lines: Sequence[dict[str, Any]], output: Path) -> Path:
     image: Any = None
     for axes, role in zip(panels, ROLES, strict=True):
         cells = {(line["name"], line["step"]): line["snr_db"] for line in lines if line["role"] == role}
-        grid = [[_number(cells.get((name, step))) for step in steps] for name in names]
-        image = axes.imshow(grid, aspect="auto", cmap="RdYlGn", vmin=10, vmax=34, interpolation="nearest")
-        axes.set_title(f"{role} (should be above {SNR_FLOOR_DB[role]:.0f} dB)")
+        grid = [[_number(cells.get((name, step))) - SNR_FLOOR_DB[role] for step in steps] for name in names]
+        image = axes.imshow(grid, aspect="auto", cmap="RdYlGn", vmin=-8, vmax=8, interpolation="nearest")
+        axes.set_title(f"{role} (needs {SNR_FLOOR_DB[role]:.0f} dB)")
         shown = range(0, len(steps), max(1, len(steps) // 6))
         axes.set_xticks(list(shown), [str(steps[place]) for place in shown])
         axes.set_xlabel("step")
@@ -144,7 +144,7 @@ def draw(lines: Sequence[dict[str, Any]], output: Path) -> Path:
     panels[0].set_yticks(range(len(names)), labels, fontsize=8)
     for label, name in zip(panels[0].get_yticklabels(), names, strict=True):
         label.set_color("firebrick" if name in failing else "black")
-    figure.colorbar(image, ax=panels, label="signal to noise of the cast (dB)")
+    figure.colorbar(image, ax=panels, label="signal to noise of the cast, dB above what is needed")
     temporary = output.with_name(output.name + ".partial")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)

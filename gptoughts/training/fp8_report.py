@@ -16,15 +16,15 @@ if TYPE_CHECKING:
 def summary(lines: Sequence[dict[str, Any]], findings: Sequence[Finding]) -> list[str]:
     """The newest figures of every layer and role, and which layers should stay in bf16."""
     newest = max(line["step"] for line in lines)
-    text = [
-        f"{'step ' + str(newest):48}{'role':12}{'amax':>11}{'scale':>11}{'saturated':>11}{'underflow':>11}{'SNR':>9}"
-    ]
+    width = max(len(line["name"]) for line in lines) + 2
+    heads = "".join(f"{head:>11}" for head in ("amax", "scale", "saturated", "underflow"))
+    text = [f"{f'step {newest}':{width}}{'role':12}{heads}{'SNR':>9}"]
     for line in lines:
         if line["step"] == newest:
             snr = "-" if line["snr_db"] is None else f"{line['snr_db']:.1f} dB"
             amax = "inf" if line["amax"] is None else f"{line['amax']:.3g}"
             text.append(
-                f"{line['name']:48}{line['role']:12}{amax:>11}{line['scale']:>11.3g}"
+                f"{line['name']:{width}}{line['role']:12}{amax:>11}{line['scale']:>11.3g}"
                 f"{line['saturated_fraction']:>11.2%}{line['underflowed_fraction']:>11.2%}{snr:>9}"
             )
     if not findings:

@@ -103,7 +103,8 @@ def _keep_spikes_out(axes: Any) -> None:
     curves = [[y for y in line.get_ydata() if math.isfinite(y)] for line in axes.lines if line.get_linestyle() == "-"]
     top = max((curve[0] for curve in curves if curve), default=0.0)
     if top > 0 and max(max(curve) for curve in curves if curve) > 2 * top:
-        axes.set_ylim(top=1.2 * top)
+        lowest = min(min(curve) for curve in curves if curve)
+        axes.set_ylim(lowest - 0.05 * (top - lowest), top + 0.05 * (top - lowest))
 
 
 _MARKS = {"skip": "x", "rollback": "v", "fallback": "^", "cut_lr": "D", "stop": "s"}

@@ -90,7 +90,10 @@ class Recovery:
         if self._found is not None:
             return False
         interval, state = self._config.snapshot_interval_steps, self._trainer.state
-        if interval and (self._snapshot is None or state.step - self._snapshot.train_state["step"] >= interval):
+        is_due = self._snapshot is None or (
+            self.guard.is_calm(state.step) and state.step - self._snapshot.train_state["step"] >= interval
+        )
+        if interval and is_due:
             self._snapshot = self._snapshot or Snapshot()
             self._snapshot.take(self._trainer.engine, state.as_dict(), self._rng)
         return True
@@ -99,7 +102,6 @@ class Recovery:
         result, step = report.result, trainer.state.step - 1
         if result.applied:
             self._course.append((step + 1, result.loss))
-            trainer.state.guard.doubtful_samples = []
             self.guard.note_applied(step, result.loss, result.grad_norm)
             return False
         random_state.restore(self._rng)

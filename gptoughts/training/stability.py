@@ -53,13 +53,13 @@ class GuardState:
     grad_norms: list[float] = field(default_factory=list)
     """Gradient norms of the same steps."""
     skips: int = 0
-    """Updates skipped since the last applied one or the last rollback."""
+    """Updates skipped since training was last calm, or since the last rollback."""
     rollbacks: int = 0
     """Rollbacks since training was last calm."""
     lr_cuts: int = 0
     """Cuts of the learning rate since training was last calm."""
     doubtful_samples: list[tuple[int, int]] = field(default_factory=list)
-    """Samples of the steps that were not applied since the last applied one: a rollback leaves them out."""
+    """Samples of the steps that were skipped since training was last calm: a rollback leaves them out."""
     trouble_step: int = -1
     """Latest step, over all attempts, that was in trouble; -1: none."""
     left_fp8: list[str] = field(default_factory=list)
@@ -131,9 +131,13 @@ class Guard:
         state = self.state
         state.losses = [*state.losses, loss][-self.config.window_steps :]
         state.grad_norms = [*state.grad_norms, grad_norm][-self.config.window_steps :]
-        state.skips = 0
-        if step - state.trouble_step >= self.config.calm_steps:
-            state.rollbacks = state.lr_cuts = 0
+        if self.is_calm(step):
+            state.skips = state.rollbacks = state.lr_cuts = 0
+            state.doubtful_samples = []
+
+    def is_calm(self, step: int) -> bool:
+        """Whether the latest trouble is long ago: what broke a state may show in some batches only."""
+        return self.state.trouble_step < 0 or step - self.state.trouble_step >= self.config.calm_steps
 
     def verdict(self, step: int, trigger: str, zscore: float | None, *, can_fall_back: bool = False) -> Verdict:
         """What to do about a step in trouble; the state counts it.

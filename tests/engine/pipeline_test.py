@@ -14,6 +14,7 @@ from gptoughts.checkpoint.portable import CheckpointReader
 from tests.distributed import run_distributed
 from tests.harness import Layout, ToyRun, step_microbatches
 
+MTP = ("--model.mtp_num_layers=1",)
 INTERLEAVED = Layout(pipeline=2, virtual=2, zero=3, accumulation=2, layers=4)
 
 
@@ -90,6 +91,16 @@ def train(layout: Layout, folder: str, steps: int, resumes: bool) -> list[tuple[
             marks=pytest.mark.slow,
         ),
         pytest.param(
+            Layout(pipeline=2, virtual=2, zero=3, accumulation=2, layers=4, tied=True, extra=MTP),
+            Layout(tensor=2, data=2, zero=1, layers=4, tied=True, extra=MTP),
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            Layout(data=2, zero=2, layers=4, extra=MTP),
+            Layout(pipeline=2, zero=1, layers=4, accumulation=4, extra=MTP),
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
             Layout(pipeline=4, zero=3, layers=4, accumulation=4), Layout(tensor=2, data=2, zero=3, layers=4),
             marks=pytest.mark.slow,
         ),
@@ -97,7 +108,8 @@ def train(layout: Layout, folder: str, steps: int, resumes: bool) -> list[tuple[
     ids=str,
 )  # fmt: skip
 def test_a_run_goes_on_under_another_layout(first: Layout, second: Layout, tmp_path: Path) -> None:
-    expected = run_distributed(train, 1, Layout(layers=4), str(tmp_path / "whole"), 6, False)[0]
+    one_rank = Layout(layers=4, tied=first.tied, extra=first.extra)
+    expected = run_distributed(train, 1, one_rank, str(tmp_path / "whole"), 6, False)[0]
     run_distributed(train, first.world_size, first, str(tmp_path / "moved"), 3, False)
     for history in run_distributed(train, second.world_size, second, str(tmp_path / "moved"), 3, True):
         for (loss, norm), (expected_loss, expected_norm) in zip(history, expected[3:], strict=True):
@@ -113,16 +125,16 @@ def test_a_run_goes_on_under_another_layout(first: Layout, second: Layout, tmp_p
             assert float((ours - theirs).norm()) <= 1e-4 * float(theirs.norm()), (name, kind)
 
 
-def tied_weights(layout: Layout, folder: str) -> tuple[bool, list[str]]:
+def shared_weights(family: str, layout: Layout, folder: str) -> tuple[bool, list[str]]:
     """Whether owner and copy are equal to the bit, trained and resumed; and the names in the checkpoint."""
     from gptoughts.engine.deepspeed_engine import gathered_for_reading
     from gptoughts.models.stages import shared_embedding_weight
 
-    run = ToyRun("gpt", layout, Path(folder))
+    run = ToyRun(family, layout, Path(folder))
     assert all(result.applied for result in run.train(3))
     folder_of_step = run.save()
     seen = []
-    for engine_run in (run, ToyRun("gpt", layout, Path(folder))):
+    for engine_run in (run, ToyRun(family, layout, Path(folder))):
         if engine_run is not run:
             engine_run.resume()
         weight = shared_embedding_weight(engine_run.engine.chunks)
@@ -141,7 +153,19 @@ def tied_weights(layout: Layout, folder: str) -> tuple[bool, list[str]]:
 @pytest.mark.parametrize("zero", [1, pytest.param(0, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow)])
 def test_tied_matrices_stay_equal_to_the_bit_and_are_saved_once(zero: int, tmp_path: Path) -> None:
     layout = Layout(pipeline=2, zero=zero, accumulation=2, precision="bf16", tied=True)
-    for are_equal, names in run_distributed(tied_weights, 2, layout, str(tmp_path)):
+    for are_equal, names in run_distributed(shared_weights, 2, "gpt", layout, str(tmp_path)):
         assert are_equal
         assert "embedding.word_embeddings.weight" in names
         assert "output_layer.weight" not in names
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("zero", range(4))
+def test_the_embedding_of_multi_token_prediction_stays_equal_to_the_bit(zero: int, tied: bool, tmp_path: Path) -> None:
+    layout = Layout(pipeline=2, zero=zero, accumulation=2, precision="bf16", tied=tied, extra=MTP)
+    for are_equal, names in run_distributed(shared_weights, 2, "deepseek", layout, str(tmp_path)):
+        assert are_equal
+        assert [name for name in names if "word_embeddings" in name] == ["embedding.word_embeddings.weight"]
+        assert ("output_layer.weight" in names) != tied
+        assert "mtp.layers.0.eh_proj.weight" in names

@@ -86,12 +86,16 @@ def test_holes_are_filled_and_drawn(loaded: LoadedModel, tmp_path: Path, capsys:
         assert animation.n_frames == 1 + 7
 
 
-def test_a_drawn_answer_is_said_at_its_end(loaded: LoadedModel) -> None:
+def test_a_drawn_answer_is_said_at_its_end(loaded: LoadedModel, capsys: pytest.CaptureFixture[str]) -> None:
     prompt = loaded.tokenizer.encode("x")
     expected = "".join(DiffusionAnswerer(loaded, COMMAND).stream(prompt))
     pieces = list(DiffusionAnswerer(loaded, replace(COMMAND, show=True)).stream(prompt))
     assert pieces[-1] == expected
     assert set(pieces[:-1]) == {""}
+    capsys.readouterr()
+    (answer,) = DiffusionAnswerer(loaded, replace(COMMAND, show=True)).answer_all([prompt])
+    assert answer.text == expected
+    assert capsys.readouterr().err, "a file of one prompt is drawn as well"
 
 
 def test_prompts_that_cannot_be_answered(loaded: LoadedModel) -> None:

@@ -208,3 +208,20 @@ def test_conversion_to_bf16_does_not_round_the_state(start) -> None:
     before = snapshot(run)
     run.engine.chunks[0].bfloat16()
     assert all(torch.equal(before[name], tensor) for name, tensor in products(run).tensors().items())
+
+
+@pytest.mark.parametrize(
+    ("family", "flags"),
+    [
+        ("gpt", ("--parallel.recompute_granularity=full",)),
+        ("deepseek", ("--parallel.recompute_granularity=selective", "--parallel.recompute_modules=mlp,moe")),
+    ],
+)
+def test_recompute_changes_neither_losses_nor_the_state(start, family: str, flags: tuple[str, ...]) -> None:
+    plain, again = start(family, accumulation=2), start(family, *flags, accumulation=2)
+    expected = [(result.loss, result.grad_norm) for result in plain.train(3)]
+    assert [(result.loss, result.grad_norm) for result in again.train(3)] == expected
+    found = products(again).tensors()
+    for name, tensor in products(plain).tensors().items():
+        assert torch.equal(found[name], tensor), name
+    assert not any(state._first_forwards for state in products(again).states.values())

@@ -26,7 +26,7 @@ from tests.harness import Layout, run_layout
 from tests.models import families_test, presets_test, registry_test
 from tests.models.relu2 import entry
 from tests.models.relu2.objective import LateCausalLM
-from tests.parity import layouts_test
+from tests.parity import comparison
 
 ROOT = Path(__file__).parents[2]
 GUIDE = (ROOT / "docs" / "adding_a_family.md").read_text(encoding="utf-8")
@@ -174,10 +174,10 @@ def test_a_layout_equals_one_rank(tmp_path: Path) -> None:
     runs = []
     for layout in (Layout(extra=late), Layout(tensor=2, sequence=True, zero=3, extra=late)):
         folder = tmp_path / str(layout)
-        steps, saved = layouts_test.STEPS, (1, layouts_test.STEPS)
+        steps, saved = comparison.STEPS, (1, comparison.STEPS)
         histories = on_ranks(layout.world_size, run_layout, "relu2", layout, str(folder), steps, saved)
         runs.append((histories[0], folder / "run"))
-    layouts_test.assert_equal(runs[1], runs[0])
+    comparison.assert_equal(runs[1], runs[0])
 
 
 def record_golden(folder: str) -> list[float]:

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 
 from gptoughts.config.cli import load_experiment
-from gptoughts.errors import ConfigError
 from gptoughts.models.deepseek.config import DeepSeekConfig
 from gptoughts.models.flops import count_parameters, flops_per_token
 from gptoughts.models.registry import FAMILIES
@@ -114,15 +113,6 @@ def test_dry_run_says_what_it_adds(capsys: pytest.CaptureFixture[str]) -> None:
     model = dataclasses.replace(experiment.config.model)
     assert sums[1] - sums[0] == pytest.approx(model.mtp_parameters() * 16 / 2**20, rel=0.3)
     assert sums[1] > sums[0]
-
-
-def test_pipeline_stages_are_refused() -> None:
-    flags = ["--model_type=deepseek", *ONE_DEPTH, "--parallel.pipeline=2"]
-    with pytest.raises(ConfigError) as caught:
-        load_experiment(flags, FAMILIES, world_size=2)
-    (problem,) = caught.value.problems
-    assert problem.startswith("parallel.pipeline=2 (command line): model.mtp_num_layers=1 (command line): ")
-    assert load_experiment([*flags, "--model.mtp_num_layers=0"], FAMILIES, world_size=2).zero_stage == 0
 
 
 def test_shapes_that_make_no_sense_are_named() -> None:

@@ -15,7 +15,7 @@ from gptoughts.checkpoint import layout as checkpoint_layout
 from gptoughts.checkpoint.portable import CheckpointReader
 from tests.distributed import run_distributed
 from tests.harness import Layout, ToyRun
-from tests.parity.layouts_test import (
+from tests.parity.comparison import (
     LATER_GRAD_NORM_RELATIVE,
     LATER_LOSS_RELATIVE,
     STEP_1_LOSS_RELATIVE,

@@ -1,6 +1,6 @@
 """Multi-token prediction, and balance losses that are strong: any layout equals the one-rank run.
 
-Tolerances are those of layouts_test. With strong balance losses affinities come so close that rounding changes a choice
+Tolerances are those of comparison. With strong balance losses affinities come so close that rounding changes a choice
 within some ten steps: these are compared in their first step, where all routing is the same.
 
 Tokens are weighted very unequally, so that microbatches and ranks have other shares of the denominator, and a mean of
@@ -18,9 +18,8 @@ import pytest
 from gptoughts.objectives.base import ModelInputs
 from tests.distributed import run_distributed
 from tests.harness import Layout, ToyRun, step_microbatches
-from tests.parity.layouts_test import (
+from tests.parity.comparison import (
     LATER_LOSS_RELATIVE,
-    LAYOUTS,
     STEP_1_GRADIENT_RELATIVE,
     STEP_1_LOSS_RELATIVE,
     STEPS,
@@ -29,6 +28,7 @@ from tests.parity.layouts_test import (
     gradients,
     relative,
 )
+from tests.parity.layouts_test import LAYOUTS
 
 DEPTHS = ("--model.mtp_num_layers=2",)
 BALANCE = ("--model.moe_aux_loss_coeff=0.1", "--model.moe_z_loss_coeff=0.01")
@@ -39,7 +39,26 @@ CORE = {
     Layout(tensor=2, sequence=True, data=2, zero=3, accumulation=2),
 }
 """What runs in `make test`."""
-CASES = [pytest.param(layout, id=str(layout), marks=() if layout in CORE else pytest.mark.slow) for layout in LAYOUTS]
+STAGES = [
+    *(
+        Layout(pipeline=2, virtual=virtual, data=data, zero=zero, accumulation=2, layers=4, tied=tied)
+        for zero in (0, 1, 2, 3)
+        for virtual, data, tied in ((1, 1, False), (1, 2, True), (2, 1, True), (2, 2, False))
+    ),
+    Layout(pipeline=4, zero=1, accumulation=4, layers=4),
+    Layout(pipeline=2, tensor=2, sequence=True, zero=3, accumulation=2, layers=2, tied=True),
+    Layout(pipeline=2, tensor=2, zero=2, accumulation=2, layers=2),
+    Layout(pipeline=2, data=2, expert=2, zero=1, accumulation=2, layers=4),
+]
+"""The depths are on the last stage, and look tokens up in a copy of the first one's embedding."""
+CORE |= {
+    Layout(pipeline=2, virtual=2, data=1, zero=1, accumulation=2, layers=4, tied=True),
+    Layout(pipeline=2, data=1, zero=3, accumulation=2, layers=4),
+}
+CASES = [
+    pytest.param(layout, id=str(layout), marks=() if layout in CORE else pytest.mark.slow)
+    for layout in [*LAYOUTS, *STAGES]
+]
 BALANCE_LAYOUTS = [Layout(accumulation=4), Layout(data=2, zero=2), Layout(tensor=2, sequence=True, zero=1)]
 
 
@@ -71,21 +90,33 @@ def run_case(layout: Layout, options: tuple[str, ...], folder: Path, steps: int 
     return histories[0], folder / "run"
 
 
+_references: dict[Layout, Run] = {}
+
+
 @pytest.fixture(scope="module")
-def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    return run_case(Layout(), DEPTHS, tmp_path_factory.mktemp("one_rank"))
+def reference_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("one_rank")
+
+
+def one_rank_run(layout: Layout, folder: Path) -> Run:
+    """Of the same model, made once."""
+    one_rank = Layout(layers=layout.layers, tied=layout.tied)
+    if one_rank not in _references:
+        _references[one_rank] = run_case(one_rank, DEPTHS, folder / f"{one_rank}-{one_rank.layers}")
+    return _references[one_rank]
 
 
 @pytest.mark.parametrize("layout", CASES)
-def test_layout_equals_one_rank(layout: Layout, tmp_path: Path, one_rank: Run) -> None:
-    found = run_case(layout, DEPTHS, tmp_path)
+def test_layout_equals_one_rank(layout: Layout, tmp_path: Path, reference_folder: Path) -> None:
+    found, one_rank = run_case(layout, DEPTHS, tmp_path), one_rank_run(layout, reference_folder)
     assert_equal(found, one_rank)
     for step, (ours, theirs) in enumerate(zip(found[0], one_rank[0], strict=True), start=1):
         tolerance = STEP_1_LOSS_RELATIVE if step == 1 else LATER_LOSS_RELATIVE
         for name in ("mtp_1_loss_sum", "mtp_1_weight_sum", "mtp_2_loss_sum", "mtp_2_weight_sum"):
             assert ours["extras"][name] == pytest.approx(theirs["extras"][name], rel=tolerance), (step, name)
         assert ours["figures"].keys() == theirs["figures"].keys()
-    assert "layer_3_expert_load_entropy" in theirs["figures"], "two layers of the decoder, two depths"
+    last = layout.layers + 1
+    assert f"layer_{last}_expert_load_entropy" in theirs["figures"], "the decoder's layers and two depths"
 
 
 @pytest.fixture(scope="module")

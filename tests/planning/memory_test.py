@@ -20,11 +20,13 @@ from gptoughts.planning.memory import (
     state_bytes,
 )
 from gptoughts.planning.zero import ZeroSettings
+from tests.config.validate_test import load
 from tests.distributed import run_distributed
 from tests.harness import Layout, toy_experiment
 from tests.planning.measure import measure
 
 LARGEST_ERROR = 0.1
+_TIED = "--model.untie_embeddings_and_output_weights false"
 _HEAD_NORMS = "--model.qk_layernorm=true"
 _WHOLE_ROWS = ("--model.random_length_probability=0",)  # cut samples keep masks, which are not predicted
 _FULL = ("--parallel.recompute_granularity=full",)
@@ -114,6 +116,14 @@ def test_a_copy_of_a_tied_embedding_counts_whole() -> None:
     assert found.buffers == max(7 + 4 * 64 + 2, 4 * 250 + 2)
 
 
+@pytest.mark.parametrize(("flags", "stages"), [("", []), ("--model.mtp_num_layers 1", [1]), (_TIED, [1])])
+def test_who_has_a_copy_of_the_embedding(flags: str, stages: list[int]) -> None:
+    config = load(f"--model_type deepseek --parallel.pipeline 2 {flags}", 2).config
+    copied = [needs.copied_elements for needs in stage_needs(config, data=1, num_microbatches=1)]
+    assert [stage for stage, count in enumerate(copied) if count] == stages
+    assert sum(copied) == len(stages) * config.model.embedding_parameters()
+
+
 def cases() -> list[object]:
     """Every family, precision, ZeRO stage and axis in the default run; more of their products are slow."""
     default = [
@@ -138,11 +148,15 @@ def cases() -> list[object]:
         ("gpt", Layout(tensor=2, sequence=True, context=2, extra=("--model.num_query_groups=2", _HEAD_NORMS))),
         ("gpt", Layout(pipeline=2, context=2, accumulation=4)),
         ("mla", Layout(context=2)),
+        ("mla", Layout(context=2, context_method="ring", zero=1)),
+        ("gpt", Layout(context=2, context_method="ring", precision="bf16")),
         ("llada", Layout(context=2, zero=1, extra=_WHOLE_ROWS)),
         ("deepseek", Layout(pipeline=2, virtual=2, layers=4, accumulation=4, zero=1)),
         ("deepseek", Layout(tensor=2, sequence=True, data=2, zero=2)),
         ("deepseek", Layout(data=2, zero=3, expert=2)),
         ("deepseek", Layout(extra=("--model.mtp_num_layers=2",))),
+        ("deepseek", Layout(pipeline=2, zero=1, accumulation=2, extra=("--model.mtp_num_layers=1",))),
+        ("deepseek", Layout(pipeline=2, zero=3, accumulation=2, tied=True, extra=("--model.mtp_num_layers=1",))),
         ("llada", Layout(tensor=2, sequence=True, extra=_WHOLE_ROWS)),
         ("llada-moe", Layout(data=2, zero=1, extra=_WHOLE_ROWS)),
         ("llada-mla-moe", Layout(precision="bf16", extra=_WHOLE_ROWS)),

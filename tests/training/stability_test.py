@@ -86,7 +86,22 @@ def test_limits_of_zero_go_on_to_the_next_action_at_once() -> None:
     assert actions(guard(max_skips=0, max_rollbacks=0, max_lr_cuts=0), 1, 1) == ["stop"]
 
 
-def test_an_applied_step_forgives_skips_and_calm_steps_forgive_rollbacks() -> None:
+def test_trouble_now_and_then_is_trouble() -> None:
+    one = guard(max_skips=2, calm_steps=10)
+    found = []
+    for step in (30, 35, 40):
+        one.state.doubtful_samples = [*one.state.doubtful_samples, (step, step + 1)]
+        found += actions(one, step, 1)
+        feed(one, step + 1, 4)
+        assert not one.is_calm(step + 5)
+    assert found == ["skip", "skip", "rollback"]
+    assert len(one.state.doubtful_samples) == 3
+    feed(one, 41, 10)
+    assert one.is_calm(50)
+    assert (one.state.skips, one.state.doubtful_samples) == (0, [])
+
+
+def test_calm_steps_forgive() -> None:
     one = guard(max_skips=1, max_rollbacks=1, calm_steps=10)
     assert actions(one, 30, 2) == ["skip", "rollback"]
     feed(one, 20, 19)  # the rollback's repeated steps, and 8 beyond the trouble: too few
