@@ -21,8 +21,6 @@ PROMPT      ?= def read_lines(path):
 ARGS        ?=
 VOCAB_SIZE  ?= 8192
 CORPUS      ?= data_cache/stdlib-$(VOCAB_SIZE)
-# A masked-diffusion model cannot continue a prompt token after token.
-HAS_SAMPLE  := $(filter-out llada,$(MODEL_TYPE))
 
 # Ranks on one CPU share its cores; DeepSpeed finds its compiler helper (ninja) on PATH.
 export OMP_NUM_THREADS ?= $(shell echo $$(( $(CORES) / $(RANKS) > 0 ? $(CORES) / $(RANKS) : 1 )))
@@ -67,7 +65,7 @@ corpus: $(DATA)_train.idx  ## tokenizer and indexed files of the default corpus 
 pretrain: $(INSTALLED) corpus  ## the main job: train, print a sample, draw the loss curve; run again to go on
 	$(BIN)/deepspeed --log_level warning --num_accelerators $(RANKS) launchers/pretrain.py --model_type $(MODEL_TYPE) --size $(SIZE) \
 	  --data $(DATA) --deepspeed_config $(DS_CONFIG) --output_dir $(RUN) --train.steps $(STEPS) $(ARGS)
-	$(if $(HAS_SAMPLE),@$(MAKE) --no-print-directory sample)
+	@$(MAKE) --no-print-directory sample
 
 sample: $(INSTALLED)  ## continue PROMPT with the newest checkpoint of RUN
 	$(BIN)/python launchers/generate.py --checkpoint $(RUN) --prompt "$(PROMPT)"

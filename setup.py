@@ -42,6 +42,7 @@ setup(
             "gptoughts-generate=gptoughts.training.console:generate",
             "gptoughts-preprocess-data=gptoughts.training.console:preprocess_data",
             "gptoughts-train-tokenizer=gptoughts.training.console:train_tokenizer",
+            "gptoughts-fp8-report=gptoughts.training.console:fp8_report",
             "gptoughts-plot-run=gptoughts.training.console:plot_run",
             "gptoughts-convert-checkpoint=gptoughts.training.console:convert_checkpoint",
             "gptoughts-doctor=gptoughts.training.console:doctor",

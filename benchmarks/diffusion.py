@@ -10,7 +10,7 @@ model by the chain rule (SMDM, arXiv:2410.18514, section 2: token i with those b
 masked), in nats per token, with its relative difference.
 
 Without ``--checkpoint`` a model is trained first: a next-token model of the shape, and from it (``--init_from``) a
-diffusion model, each for so many steps, on the default corpus (``make corpus``).
+diffusion model, each for so many steps, on the default corpus (``make corpus``; made where it is not there).
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import argparse
 import json
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import time
 from dataclasses import dataclass, field
@@ -27,10 +28,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from gptoughts.data import preprocess, train_tokenizer
 from gptoughts.data.indexed import bin_path, read_index
 from gptoughts.inference.diffusion import DiffusionSampler, build_sampler, continuation
+from gptoughts.inference.diffusion_likelihood import LikelihoodOptions
 from gptoughts.inference.diffusion_options import DiffusionOptions
-from gptoughts.inference.loading import load_model
+from gptoughts.inference.likelihood import build_scorer
+from gptoughts.inference.likelihood_scorer import Request
+from gptoughts.inference.loading import LoadedModel, load_model
 from gptoughts.parallel import groups
 from gptoughts.platform import device
 
@@ -64,6 +69,21 @@ def contestants(new_tokens: int, block_length: int, threshold: float, factor: fl
     }
 
 
+def default_corpus(folder: Path) -> str:
+    """The Makefile's corpus, or, where it has not been made, one of the same files in a folder."""
+    made = ROOT / "data_cache" / "stdlib-8192" / "python"
+    if Path(f"{made}_valid.idx").is_file():
+        return str(made)
+    sources = ["--input", sysconfig.get_paths()["stdlib"], "--suffix", ".py"]
+    train_tokenizer.main([*sources, "--vocab_size", "8192", "--output", str(folder / "tokenizer")])
+    prefix = str(folder / "python")
+    preprocess.main(
+        [*sources, "--tokenizer", str(folder / "tokenizer"), "--output_prefix", prefix, "--append_eod",
+         "--validation_fraction", "0.01"]
+    )  # fmt: skip
+    return prefix
+
+
 def train(data: str, size: str, steps: tuple[int, int], block_size: int, folder: Path) -> Path:
     """Train a diffusion model from a next-token model; returns its run folder."""
     runs = folder / "gpt", folder / "llada"
@@ -89,21 +109,6 @@ def prompts_of(data: str, count: int, prompt_tokens: int) -> list[list[int]]:
     return [tokens[start : start + prompt_tokens].astype(np.int64).tolist() for start in starts]
 
 
-@torch.no_grad()
-def chain_rule(sampler: DiffusionSampler, prompt: list[int], answer: list[int], *, rows: int = 16) -> float:
-    """log p(answer | prompt) in nats."""
-    whole = torch.tensor([*prompt, *answer], device=device.current_device())
-    positions = torch.arange(len(prompt), len(whole), device=whole.device)
-    total = 0.0
-    for chunk in positions.split(rows):
-        is_masked = torch.arange(len(whole), device=whole.device) >= chunk[:, None]
-        inputs = whole.expand(len(chunk), -1).masked_fill(is_masked, sampler.special.mask)
-        selected = torch.arange(len(chunk), device=whole.device) * len(whole) + chunk - int(sampler.is_shifted)
-        logits = sampler.model(inputs, None, None, selected_positions=selected)[:, : sampler.vocab_size]
-        total += float(logits.float().log_softmax(-1).gather(1, whole[chunk, None]).sum())
-    return total
-
-
 def compare(sampler: DiffusionSampler, found: dict[str, Contestant], prompts: list[list[int]]) -> None:
     """Let every contestant continue every prompt."""
     for contestant in found.values():
@@ -123,8 +128,12 @@ def compare(sampler: DiffusionSampler, found: dict[str, Contestant], prompts: li
             contestant.answers.append(restored.tokens[len(prompt) :])
 
 
-def report(sampler: DiffusionSampler, found: dict[str, Contestant], prompts: list[list[int]]) -> None:
+def report(
+    loaded: LoadedModel, found: dict[str, Contestant], prompts: list[list[int]], *, with_likelihood: bool
+) -> None:
     """Print one JSON line per contestant."""
+    chain_rule = LikelihoodOptions("chain_rule")
+    scorer = build_scorer(loaded.model, loaded.config, batch_size=8, diffusion=chain_rule, checks_greedy=False)
     published = found[PUBLISHED]
     expected = 0.0
     for name, contestant in found.items():
@@ -134,18 +143,19 @@ def report(sampler: DiffusionSampler, found: dict[str, Contestant], prompts: lis
             for one, other in zip(contestant.answers, published.answers, strict=True)
             for a, b in zip(one, other, strict=True)
         )
-        pairs = zip(prompts, contestant.answers, strict=True)
-        likelihood = sum(chain_rule(sampler, prompt, answer) for prompt, answer in pairs)
-        expected = likelihood if name == PUBLISHED else expected
-        line = {
+        line: dict[str, str | float] = {
             "sampler": name,
             "tokens_per_second": round(count / contestant.seconds, 2),
             "ratio": round(published.seconds / contestant.seconds, 2),
             "forwards_per_answer": round(contestant.forwards / len(prompts), 1),
             "same_tokens_fraction": round(same / count, 4),
-            "nats_per_token": round(-likelihood / count, 4),
-            "likelihood_difference_fraction": round((likelihood - expected) / abs(expected), 4),
         }
+        if with_likelihood:
+            requests = [Request(prompt, answer) for prompt, answer in zip(prompts, contestant.answers, strict=True)]
+            likelihood = sum(scored.log_likelihood for scored in scorer.score(requests))
+            expected = likelihood if name == PUBLISHED else expected
+            line["nats_per_token"] = round(-likelihood / count, 4)
+            line["likelihood_difference_fraction"] = round((likelihood - expected) / abs(expected), 4)
         print(json.dumps(line), flush=True)
 
 
@@ -153,7 +163,7 @@ def main() -> None:
     """Print one JSON line per sampler."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, help="a run or checkpoint of llada; unset: one is trained")
-    parser.add_argument("--data", default="data_cache/stdlib-8192/python", help="indexed corpus with a _valid split")
+    parser.add_argument("--data", help="indexed corpus with PREFIX_valid beside it; unset: the default corpus")
     parser.add_argument("--size", default="small", help="preset of the model that is trained")
     parser.add_argument(
         "--train_steps", type=int, nargs=2, default=(60, 60), metavar=("GPT", "LLADA"), help="of the two models"
@@ -164,25 +174,27 @@ def main() -> None:
     parser.add_argument("--block_length", type=int, default=32)
     parser.add_argument("--threshold", type=float, default=0.9)
     parser.add_argument("--factor", type=float, default=1.0)
-    parser.add_argument("--samplers", nargs="+", help="some of them by name; the published one always runs")
+    parser.add_argument(
+        "--samplers", nargs="*", default=("dual cache + threshold", "dual cache + factor"),
+        help="some by name; none named: all; the published one always runs",
+    )  # fmt: skip
+    parser.add_argument("--skip_likelihood", action="store_true", help="measure speed alone")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory() as folder:
+        data = options.data or default_corpus(Path(folder))
+        context_tokens = options.prompt_tokens + options.new_tokens
         checkpoint = options.checkpoint or train(
-            options.data,
-            options.size,
-            tuple(options.train_steps),
-            options.prompt_tokens + options.new_tokens,
-            Path(folder),
+            data, options.size, tuple(options.train_steps), context_tokens, Path(folder)
         )
-        sampler = build_sampler(load_model(checkpoint))
+        loaded = load_model(checkpoint)
+        prompts = prompts_of(data, options.prompts, options.prompt_tokens)
     found = contestants(options.new_tokens, options.block_length, options.threshold, options.factor)
     if options.samplers:
         found = {name: one for name, one in found.items() if name == PUBLISHED or name in options.samplers}
-    prompts = prompts_of(options.data, options.prompts, options.prompt_tokens)
-    compare(sampler, found, prompts)
-    report(sampler, found, prompts)
+    compare(build_sampler(loaded), found, prompts)
+    report(loaded, found, prompts, with_likelihood=not options.skip_likelihood)
     groups.destroy()
 
 

@@ -56,6 +56,12 @@ class LostRankError(GptoughtsError, RuntimeError):
         super().__init__(problem, is_rank_local=True)
 
 
+class StabilityError(GptoughtsError, RuntimeError):
+    """Training went wrong again and again, and the guard has ended it; the message says what was tried."""
+
+    status = 1
+
+
 def exit_with(error: GptoughtsError) -> NoReturn:
     """Print the problems to stderr (one rank only, unless the error is rank-local) and leave with its status."""
     rank = int(os.environ.get("RANK", "0"))

@@ -20,6 +20,20 @@ SMALLEST: dict[str, tuple[str, ...]] = {
     "moe_step": FEW_STEPS,
     "masked_head": FEW_STEPS,
     "checkpoint": ("--rounds", "1"),
+    "diffusion": (
+        "--size",
+        "debug",
+        "--train_steps",
+        "2",
+        "2",
+        "--new_tokens",
+        "16",
+        "--prompt_tokens",
+        "16",
+        "--block_length",
+        "8",
+    ),
+    "fp8_quality": ("--families", "gpt", "--steps", "2", "--batch_size", "1", "--block_size", "64", "--samples", "1"),
     "preprocess": ("--repeats", "1", "--input", str(ROOT / "gptoughts")),
 }
 """Flags with which a benchmark is over soon; the others are as they are."""

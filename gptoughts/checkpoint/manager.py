@@ -192,6 +192,18 @@ class CheckpointManager:
         self._check_identity(reader)
         return reader
 
+    def find_before(self, step: int) -> CheckpointReader | None:
+        """The newest undamaged checkpoint of the run's folder from before ``step``; None: there is none.
+
+        Collective: every rank of the world.
+        """
+        older = [found for found in layout.list_checkpoints(self.run)[::-1] if layout.step_of(found) < step]
+        for folder in older:
+            if not (damage := self._damage_of(folder)):
+                return CheckpointReader(folder)
+            logger.warning("damaged checkpoint: %s", "; ".join(damage))
+        return None
+
     def _damage_of(self, folder: Path) -> list[str]:
         """Every rank checks its share of the files; all get all findings. Collective: every rank of the world."""
         found: list[str] = []
@@ -238,3 +250,21 @@ class CheckpointManager:
             if states:  # one that was divided anew has none
                 random_state.restore(states)
         return state
+
+
+def check_files_together(folder: Path) -> None:
+    """Rank 0 reads all files of a checkpoint once; every rank learns what it found.
+
+    Raises:
+        CheckpointError: on every rank: names each damaged file.
+    Collective: every rank of the world.
+    """
+    problems: list[list[str]] = [[]]
+    if dist.get_rank() == 0:
+        try:
+            layout.check_files(folder)
+        except CheckpointError as error:
+            problems = [error.problems]
+    dist.broadcast_object_list(problems, src=0)
+    if problems[0]:
+        raise CheckpointError(problems[0])

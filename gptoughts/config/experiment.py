@@ -126,6 +126,54 @@ class CheckpointConfig:
     """Train on while files are written; takes memory for a copy of what each rank writes (12 bytes per parameter)."""
 
 
+Action = Literal["skip", "rollback", "fallback", "cut_lr", "stop"]
+
+
+@dataclass(frozen=True)
+class StabilityConfig:
+    """The guard that watches loss and gradient norm, and what it does when a run goes wrong (docs/stability.md)."""
+
+    enabled: bool = True
+    """Watch. Without it a step with non-finite gradients is still skipped, but nothing else is done about it."""
+    on_non_finite: Action = "skip"
+    """Loss or gradient norm is NaN or infinite. skip: drop the update; rollback: go back to the last good state and
+    leave the samples out; fallback: roll back and take layers out of FP8; cut_lr: roll back and lower the learning rate
+    for some steps; stop: put back the last good state, save it, end the run."""
+    on_loss_spike: Action = "skip"
+    """The loss lies more than loss_zscore above what it was."""
+    on_grad_spike: Action = "skip"
+    """The gradient norm lies more than grad_norm_zscore above what it was."""
+    loss_zscore: float = 10.0
+    """Limit in robust standard deviations (1.4826 times the median distance from the median) over window_steps."""
+    grad_norm_zscore: float = 20.0
+    """The same for the gradient norm, which varies more."""
+    window_steps: int = 64
+    """Applied steps that a figure is compared with."""
+    min_window_steps: int = 16
+    """Applied steps before anything counts as a spike."""
+    snapshot_interval_steps: int = 100
+    """Copy this rank's weights and moments to the host's memory every so many steps (12 bytes per parameter of the
+    rank); 0: roll back to checkpoints only."""
+    max_skips: int = 3
+    """Updates skipped in a row; the next trouble rolls back."""
+    max_rollbacks: int = 2
+    """Rollbacks without calm_steps between them; the next trouble takes layers out of FP8, or where none is in it cuts
+    the learning rate."""
+    fallback_layers: list[str] = field(default_factory=list)
+    """What a fallback takes out of FP8, in the words of fp8.keep_bf16; empty: the layer in which the first non-finite
+    value appeared, or everything where that is not known."""
+    max_lr_cuts: int = 2
+    """Cuts without calm_steps between them; the next trouble stops the run."""
+    calm_steps: int = 20
+    """Steps beyond the latest trouble after which rollbacks and cuts are forgotten."""
+    lr_cut_factor: float = 0.5
+    """What cut_lr multiplies the learning rate by."""
+    lr_cut_steps: int = 100
+    """For how many steps."""
+    replay: bool = True
+    """Run the microbatches of a non-finite step once more, with hooks that find where the first such value appears."""
+
+
 @dataclass(frozen=True)
 class Fp8Config:
     """FP8 with delayed scaling (docs/fp8.md); the JSON's ``fp8`` block is its home, flags fill ``"auto"`` there."""
@@ -157,6 +205,9 @@ class LogConfig:
     """One line in metrics.jsonl (and one event to each monitor) every so many steps."""
     progress: Literal["auto", "always", "never"] = "auto"
     """The progress bar; auto shows it on a terminal and prints plain lines elsewhere."""
+    fp8: bool = False
+    """Every so many steps write what FP8 casts lose, per layer and role, to OUTPUT_DIR/fp8.jsonl (emulated layers;
+    tools/fp8_report.py reads it)."""
     plot: bool = True
     """Draw OUTPUT_DIR/loss.png when the run ends."""
 
@@ -194,5 +245,6 @@ class ExperimentConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    stability: StabilityConfig = field(default_factory=StabilityConfig)
     fp8: Fp8Config = field(default_factory=Fp8Config)
     log: LogConfig = field(default_factory=LogConfig)

@@ -50,7 +50,7 @@ def fp8_problems(config: ExperimentConfig, explicit: Mapping[str, Setting]) -> l
         return [
             f"{name}={setting.value} ({setting.source}): FP8 is off; add --use_fp8 true"
             for name, setting in explicit.items()
-            if name.startswith("fp8.") and setting.value not in (None, [])
+            if name.startswith(("fp8.", "log.fp8")) and setting.value not in (None, [], False)
         ]
     problems = []
     section = config.fp8

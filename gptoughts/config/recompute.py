@@ -116,6 +116,11 @@ def _module_problems(config: ExperimentConfig, sources: Mapping[str, str]) -> li
             f"({sources['parallel.context']}) attention keeps what ranks have sent, not what the projections make; "
             "name core_attn as well"
         )
+    if "mla_up_proj" in given and "core_attn" not in given and config.use_fp8:
+        problems.append(
+            f"parallel.recompute_modules=mla_up_proj ({source}): with FP8 the projections would be cast with later "
+            "scales in backward; name core_attn as well"
+        )
     if "moe" in given and "shared_experts" in given:
         problems.append(f"parallel.recompute_modules=shared_experts ({source}): moe holds them already; leave one out")
     return problems

@@ -41,11 +41,13 @@ def _model_problems(config: ExperimentConfig, sources: Mapping[str, str]) -> lis
 _AT_LEAST_ONE = (
     "block_size", "parallel.tensor", "parallel.pipeline", "parallel.virtual_pipeline", "parallel.expert",
     "parallel.context", "parallel.recompute_num_layers", "log.interval_steps", "train.steps", "fp8.amax_history_len",
+    "stability.window_steps", "stability.min_window_steps", "stability.calm_steps", "stability.lr_cut_steps",
 )  # fmt: skip
-_POSITIVE = ("parallel.timeout_seconds", "optim.lr", "optim.eps")
+_POSITIVE = ("parallel.timeout_seconds", "optim.lr", "optim.eps", "stability.loss_zscore", "stability.grad_norm_zscore")
 _NOT_NEGATIVE = (
     "grad_clip", "data.prefetch_steps", "optim.warmup_steps", "optim.weight_decay", "train.valid_interval_steps",
     "checkpoint.interval_steps", "checkpoint.keep_last", "parallel.heartbeat_seconds",
+    "stability.snapshot_interval_steps", "stability.max_skips", "stability.max_rollbacks", "stability.max_lr_cuts",
     "fp8.margin",
 )  # fmt: skip
 _FRACTIONS = ("optim.min_lr_fraction", "optim.decay_fraction")
@@ -59,6 +61,7 @@ def _range_problems(config: ExperimentConfig, sources: Mapping[str, str]) -> lis
         (_NOT_NEGATIVE, lambda v: 0 <= v < LARGEST, "must be 0 or more, and finite"),
         (("seed",), lambda v: 0 <= v < SEEDS, f"from 0 to {SEEDS - 1}"),
         (_FRACTIONS, lambda v: 0 <= v <= 1, "a fraction from 0 to 1"),
+        (("stability.lr_cut_factor",), lambda v: 0 < v <= 1, "greater than 0, at most 1"),
         (_BELOW_ONE, lambda v: 0 <= v < 1, "from 0 up to, but not including, 1"),
         (("train.valid_samples",), lambda v: v == -1 or v >= 1, "-1 (all) or 1 and more"),
     )
@@ -71,6 +74,21 @@ def _range_problems(config: ExperimentConfig, sources: Mapping[str, str]) -> lis
     for name, text in (("output_dir", config.output_dir), ("resume", config.resume)):
         if not text:
             problems.append(f"{name}= ({sources[name]}): is empty")
+    for name in ("on_non_finite", "on_loss_spike", "on_grad_spike"):
+        if getattr(config.stability, name) == "fallback" and not config.use_fp8:
+            problems.append(
+                f"stability.{name}=fallback ({sources[f'stability.{name}']}): takes layers out of FP8, which is off; "
+                "add --use_fp8 true, or choose skip, rollback, cut_lr or stop"
+            )
+    if config.stability.fallback_layers and not config.use_fp8:
+        source = sources["stability.fallback_layers"]
+        problems.append(f"stability.fallback_layers={config.stability.fallback_layers} ({source}): FP8 is off")
+    window, least = config.stability.window_steps, config.stability.min_window_steps
+    if least > window >= 1:
+        problems.append(
+            f"stability.min_window_steps={least} ({sources['stability.min_window_steps']}): the window holds no more "
+            f"than stability.window_steps={window}"
+        )
     stop, steps, warmup = config.train.stop_after_steps, config.train.steps, config.optim.warmup_steps
     if stop is not None and not 1 <= stop <= steps:
         source = sources["train.stop_after_steps"]

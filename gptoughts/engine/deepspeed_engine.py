@@ -29,25 +29,24 @@ from gptoughts.engine.interface import (
     ForwardOutput,
     ForwardStep,
     InitialOfBuffer,
+    Judge,
     Microbatch,
     NamedBuffers,
     StateFragment,
     StepResult,
 )
 from gptoughts.engine.optimizer import build_optimizer
-from gptoughts.engine.pipeline import ChunkDispatcher, ChunkProxy, is_last_stage, run_schedule
+from gptoughts.engine.pipeline import ChunkDispatcher, ChunkProxy, run_schedule
 from gptoughts.engine.reductions import (
+    broadcast_from_last_stage,
     is_log_contributor,
     is_replica_contributor,
     sum_over_world,
     sum_tensor_parallel_gradients,
 )
-from gptoughts.engine.zero_engine import (
-    build_zero_engine,
-    has_optimizer_offload,
-    partitioned_construction,
-    zero_stage,
-)
+from gptoughts.engine.replay import NonFiniteWatch
+from gptoughts.engine.update_gate import UpdateGate
+from gptoughts.engine.zero_engine import build_zero_engine, has_optimizer_offload, partitioned_construction, zero_stage
 from gptoughts.errors import DataError
 from gptoughts.parallel.shared_embedding import SharedEmbedding
 
@@ -139,6 +138,11 @@ class TrainEngine:
             config: Any = chunk.config
             config.grad_scale_func = self._scale_loss if self._is_fp16 else None
         self._state = state.TrainingState(self.deepspeed, self._parameters, named_buffers, initial_of_buffer)
+        # Listing them walks the whole model: not in each step of a model that has none.
+        self._buffers: NamedBuffers = named_buffers if named_buffers() else dict
+        self.buffers_before_step: Mapping[str, Tensor] = {}
+        self._watch: NonFiniteWatch | None = None
+        self._gate = UpdateGate(self.deepspeed.optimizer)
         self._refresh_shared_embedding()
 
     @property
@@ -147,7 +151,12 @@ class TrainEngine:
         return torch.device(self.deepspeed.device)
 
     def train_step(
-        self, microbatches: Sequence[Microbatch], *, lr: float, flags: Mapping[str, float] | None = None
+        self,
+        microbatches: Sequence[Microbatch],
+        *,
+        lr: float,
+        flags: Mapping[str, float] | None = None,
+        judge: Judge | None = None,
     ) -> StepResult:
         """Forward, backward and one update with learning rate ``lr``.
 
@@ -155,36 +164,55 @@ class TrainEngine:
             microbatches: This data-parallel rank's, the same number on every rank.
             lr: Learning rate of this update.
             flags: Numbers to be summed over all ranks of the world, the same names on every rank.
+            judge: Decides, between backward and update, whether the update is applied; unset: it is.
         Returns:
-            The same on every rank; ``applied`` is False where gradients were not finite and the update was skipped.
+            The same on every rank; ``applied`` is False where gradients were not finite, or the judge refused the
+            update: then weights, moments and buffers are as before the step.
         Raises:
             DataError: the global denominator is 0.
         Collective: every rank of the world.
         """
         denominator, summed_flags = self._sum_denominators(microbatches, flags or {})
         self.deepspeed.train()
+        self.buffers_before_step = {name: buffer.clone() for name, buffer in self._buffers().items()}
         factor = len(microbatches) * self._data_parallel_size / denominator
         if self._shared_embedding is not None:
             self._shared_embedding.begin_step(len(microbatches))
         losses = self._run(microbatches, factor, is_forward_only=False)
         if self._shared_embedding is not None:
             self._shared_embedding.end_schedule()
+        loss_sum, extras = self._sum_losses(losses)
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = lr
+        loss = loss_sum / denominator
+        self._gate.set_judge(None if judge is None else lambda norm: judge(loss, norm))
         self._await_readers()
         self.deepspeed.step()
         self._refresh_shared_embedding()
-        loss_sum, extras = self._sum_losses(losses)
-        is_applied = bool(self.deepspeed.was_step_applied())
+        is_applied, is_refused = bool(self.deepspeed.was_step_applied()), self._gate.is_refused
+        norm = self._gate.grad_norm if is_refused else float(self.deepspeed.get_global_grad_norm() or 0.0)
+        figures = self._after_step(is_applied) if self._after_step is not None else {}
+        if not is_applied:
+            self._gate.drop_gradients()
+            for name, buffer in self._buffers().items():
+                buffer.copy_(self.buffers_before_step[name])
         return StepResult(
-            loss_sum=loss_sum,
-            denominator=denominator,
-            grad_norm=float(self.deepspeed.get_global_grad_norm() or 0.0),
-            applied=is_applied,
-            extras=extras,
-            flags=summed_flags,
-            figures=self._after_step(is_applied) if self._after_step is not None else {},
+            loss_sum, denominator, norm, is_applied, extras, summed_flags, figures=figures, is_refused=is_refused
         )
+
+    def replay(self, microbatches: Sequence[Microbatch], watch: NonFiniteWatch) -> None:
+        """Forward and backward of a step once more, without an update, under ``watch``; leaves no trace.
+
+        Collective: every rank of the world.
+        """
+        scaler = self.loss_scaler_state()
+        with watch:
+            self._watch = watch
+            try:
+                self.train_step(microbatches, lr=0.0, judge=lambda loss, norm: False)
+            finally:
+                self._watch = None
+        self._state.set_loss_scaler(scaler)
 
     def eval_step(self, microbatches: Sequence[Microbatch]) -> StepResult:
         """Forward only, dropout off. Collective: every rank of the world."""
@@ -203,6 +231,10 @@ class TrainEngine:
     def scalar_state(self) -> dict[str, Any]:
         """Adam's step count and, in fp16, the loss scaler's numbers. Collective: none."""
         return self._state.scalars()
+
+    def loss_scaler_state(self) -> dict[str, Any]:
+        """The numbers of fp16's dynamic loss scaler; empty where there is none. Collective: none."""
+        return self._state.loss_scaler() if self._is_fp16 else {}
 
     def load_state(self, read: Callable[[StateFragment], Tensor], scalars: Mapping[str, Any]) -> None:
         """Fill every fragment with ``read(fragment)`` (1-D, of its length), then refresh the model's weights.
@@ -246,11 +278,15 @@ class TrainEngine:
 
     def _run(self, microbatches: Sequence[Microbatch], factor: float, *, is_forward_only: bool) -> list[Any]:
         def step(chunk: nn.Module, microbatch: Any) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Any]]]:
+            if self._watch is not None:
+                self._watch.begin(next(i for i, one in enumerate(microbatches) if one is microbatch))
             output = self._forward_step(chunk, microbatch)
             if not isinstance(output, ForwardOutput):
                 return output, _no_loss
             kept = (output.loss_sum.detach(), output.extras)
             total = output.loss_sum if output.auxiliary_sum is None else output.loss_sum + output.auxiliary_sum
+            if self._watch is not None:
+                self._watch.look_at_loss(total)
             return total, lambda loss_sum: (loss_sum * factor, kept)
 
         return run_schedule(
@@ -276,7 +312,7 @@ class TrainEngine:
     def _sum_losses(self, losses: Sequence[tuple[Tensor, Mapping[str, Tensor]]]) -> tuple[float, dict[str, float]]:
         names = sorted(losses[0][1]) if losses else []
         if parallel_state.get_pipeline_model_parallel_world_size() > 1:
-            names = _broadcast_from_last_stage(names)
+            names = broadcast_from_last_stage(names)
         total = torch.zeros(1 + len(names), dtype=torch.float64, device=self.device)
         if losses and is_log_contributor():
             total[0] = torch.stack([loss_sum.double() for loss_sum, _ in losses]).sum()
@@ -288,12 +324,3 @@ class TrainEngine:
 
 def _no_loss(output: Tensor) -> tuple[Tensor, Any]:
     raise AssertionError("forward_step has to return a ForwardOutput on the last pipeline stage")
-
-
-def _broadcast_from_last_stage(names: list[str]) -> list[str]:
-    group = parallel_state.get_pipeline_model_parallel_group()
-    box = [names if is_last_stage() else None]
-    last_rank = parallel_state.get_pipeline_model_parallel_last_rank()
-    torch.distributed.broadcast_object_list(box, src=last_rank, group=group)
-    assert box[0] is not None
-    return box[0]

@@ -9,6 +9,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from gptoughts.engine.replay import NonFiniteWatch
+
 
 class Microbatch(Protocol):
     """What one forward consumes: made by an objective, opaque to the engine but for its denominator."""
@@ -43,6 +45,11 @@ NamedBuffers = Callable[[], Mapping[str, Tensor]]
 """() -> tensors that belong in a checkpoint but get no gradient, by global name; the same on every rank."""
 
 
+Judge = Callable[[float, float], bool]
+"""(mean loss, gradient norm) of a step -> whether to apply its update. Called ahead of the update, on every rank with
+the same figures, where the norm is finite; every rank has to give the same answer. Collective: none."""
+
+
 InitialOfBuffer = Callable[[str], float | None]
 """A buffer's global name -> ``StateFragment.initial``."""
 
@@ -58,13 +65,15 @@ class StepResult:
     grad_norm: float
     """Global gradient norm before clipping (each parameter counted once)."""
     applied: bool
-    """False where the update was skipped (non-finite gradients)."""
+    """False where the update was skipped: gradients were not finite, or the judge refused it."""
     extras: Mapping[str, float]
     """Sums over the global batch of ``ForwardOutput.extras``."""
     flags: Mapping[str, float]
     """Sums over all ranks of the flags handed to ``train_step`` (they ride on its reduction)."""
     figures: Mapping[str, float] = field(default_factory=dict)
     """What the model said after the step (``AfterStep``)."""
+    is_refused: bool = False
+    """Whether the judge refused the update."""
 
     @property
     def loss(self) -> float:
@@ -105,14 +114,24 @@ class Engine(Protocol):
     """The face of ``engine.deepspeed_engine.TrainEngine``."""
 
     chunks: Sequence[nn.Module]
+    buffers_before_step: Mapping[str, Tensor]
+    """Copies of the buffers that belong in a checkpoint, as they were when the latest step began."""
 
     def train_step(
-        self, microbatches: Sequence[Microbatch], *, lr: float, flags: Mapping[str, float] | None = None
+        self,
+        microbatches: Sequence[Microbatch],
+        *,
+        lr: float,
+        flags: Mapping[str, float] | None = None,
+        judge: Judge | None = None,
     ) -> StepResult:
-        """Forward, backward and one update. Collective: every rank of the world."""
+        """Forward, backward and one update, unless ``judge`` refuses it. Collective: every rank of the world."""
 
     def eval_step(self, microbatches: Sequence[Microbatch]) -> StepResult:
         """Forward only (grad_norm 0, applied False). Collective: every rank of the world."""
+
+    def replay(self, microbatches: Sequence[Microbatch], watch: NonFiniteWatch) -> None:
+        """Forward and backward without an update, under ``watch``. Collective: every rank of the world."""
 
     def before_next_update(self, wait: Callable[[], object]) -> None:
         """Call ``wait`` once, ahead of the next update or load, which change weights and moments. Collective: none."""
@@ -122,6 +141,9 @@ class Engine(Protocol):
 
     def scalar_state(self) -> dict[str, Any]:
         """JSON-able state that is no tensor: optimizer step counts, loss scale."""
+
+    def loss_scaler_state(self) -> dict[str, Any]:
+        """The numbers of fp16's loss scaler; empty in other precisions. Collective: none."""
 
     def load_state(self, read: Callable[[StateFragment], torch.Tensor], scalars: Mapping[str, Any]) -> None:
         """Fill every fragment with what ``read`` returns for it, then refresh the model's own weights.

@@ -34,6 +34,15 @@ def is_log_contributor() -> bool:
     return parallel_state.get_tensor_model_parallel_rank() == 0 and is_last_stage()
 
 
+def broadcast_from_last_stage(names: list[str]) -> list[str]:
+    """The last stage's names, on all stages. Collective: pipeline-parallel group."""
+    group = parallel_state.get_pipeline_model_parallel_group()
+    box = [names if is_last_stage() else None]
+    dist.broadcast_object_list(box, src=parallel_state.get_pipeline_model_parallel_last_rank(), group=group)
+    assert box[0] is not None
+    return box[0]
+
+
 def sum_tensor_parallel_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """Make the gradients of sequence-parallel parameters whole, ahead of DeepSpeed's hooks.
 

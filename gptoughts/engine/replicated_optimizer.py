@@ -10,7 +10,7 @@ once, a skip on non-finite gradients, clipping, the update.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -54,6 +54,8 @@ class ReplicatedOptimizer:
         self.clip_grad = clip_grad
         self.loss_scaler = loss_scaler
         self.overflow = False
+        self.is_wanted: Callable[[float], bool] = _always
+        """Asked with the gradient norm before each update (``engine.update_gate``)."""
         self._global_grad_norm = 0.0
         self._data_parallel_group = data_parallel_group
         self._expert_data_parallel_group = expert_data_parallel_group
@@ -99,11 +101,13 @@ class ReplicatedOptimizer:
         scale = self.loss_scale
         norm = self._norm() / scale
         self.overflow = not math.isfinite(norm)
+        self._global_grad_norm = math.inf if self.overflow else norm
+        if not self.overflow and not self.is_wanted(norm):
+            self.overflow = True  # for DeepSpeed's engine, which reads it; the scaler learns nothing from it
+            return
         self.loss_scaler.update_scale(self.overflow)
         if self.overflow:
-            self._global_grad_norm = math.inf
             return
-        self._global_grad_norm = norm
         factor = 1.0 / scale
         if self.clip_grad > 0:
             factor *= min(1.0, self.clip_grad / (norm + CLIP_EPS))
@@ -172,6 +176,10 @@ class ReplicatedOptimizer:
         if not gradients:
             return torch.zeros((), dtype=torch.float32, device=self.masters[0].device)
         return torch.stack(torch._foreach_norm(gradients)).square().sum()
+
+
+def _always(_: float) -> bool:
+    return True
 
 
 def _master_of(parameter: nn.Parameter) -> nn.Parameter:

@@ -104,11 +104,18 @@ class TrainingState:
 
     def scalars(self) -> dict[str, Any]:
         """Step count and loss scaler, as numbers that JSON holds. Collective: none."""
+        return {"optimizer_steps": step_count(self._basic), "loss_scaler": self.loss_scaler()}
+
+    def loss_scaler(self) -> dict[str, Any]:
+        """The loss scaler's numbers. Collective: none."""
         scaler = self._optimizer.loss_scaler
-        return {
-            "optimizer_steps": step_count(self._basic),
-            "loss_scaler": {field: getattr(scaler, field) for field in LOSS_SCALER_FIELDS if hasattr(scaler, field)},
-        }
+        return {field: getattr(scaler, field) for field in LOSS_SCALER_FIELDS if hasattr(scaler, field)}
+
+    def set_loss_scaler(self, numbers: Mapping[str, Any]) -> None:
+        """Put back what :meth:`loss_scaler` gave, as far as this scaler knows it. Collective: none."""
+        for field, value in numbers.items():
+            if hasattr(self._optimizer.loss_scaler, field):
+                setattr(self._optimizer.loss_scaler, field, value)
 
     def load(self, read: Callable[[StateFragment], Tensor], scalars: Mapping[str, Any]) -> None:
         """Fill all fragments, then bring the model's own weights up to date.
@@ -128,9 +135,7 @@ class TrainingState:
                     )
                 fragment.tensor.copy_(piece.reshape(-1))
             set_step_count(self._basic, int(scalars["optimizer_steps"]))
-            for field, value in scalars.get("loss_scaler", {}).items():
-                if hasattr(self._optimizer.loss_scaler, field):
-                    setattr(self._optimizer.loss_scaler, field, value)
+            self.set_loss_scaler(scalars.get("loss_scaler", {}))
             self._refresh_weights()
 
     def _flat_tensors(self) -> list[Tensor]:

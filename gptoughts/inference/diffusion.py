@@ -13,13 +13,13 @@ Legend: b rows of the batch, r those of a step, s sequence, n masks of a step.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from gptoughts.errors import DataError
+from gptoughts.errors import ConfigError, DataError
 from gptoughts.inference.denoiser import Denoiser, Rows
 from gptoughts.inference.diffusion_options import DiffusionOptions
 from gptoughts.inference.loading import LoadedModel
@@ -116,7 +116,15 @@ class DiffusionSampler:
             )
         return found
 
-    @torch.no_grad()
+    def option_problems(self, options: DiffusionOptions) -> list[str]:
+        """Options about tokens that the model has not, one line each."""
+        found = []
+        if options.suppress_eos and self.special.eos is None:
+            found.append("suppress_eos=True: the model has no end-of-text token")
+        if options.defer_ends and not self.special.ends():
+            found.append("defer_ends=True: the model has neither an end-of-text nor an end-of-turn token")
+        return found
+
     def restore(
         self,
         rows: Sequence[Sequence[int]],
@@ -134,17 +142,29 @@ class DiffusionSampler:
             on_step: Called after each step with what it restored.
 
         Raises:
+            ConfigError: the options cannot be, or not for so many masks; says all that is wrong.
             DataError: a row cannot be restored; says all that is wrong.
         Collective: tensor-parallel group, whose ranks pass the same arguments.
         """
+        restoration = self.start(rows, options, seeds=seeds)
+        for kept in restoration.steps():
+            if on_step is not None:
+                on_step(kept)
+        self.num_forwards = restoration.denoiser.num_forwards
+        return restoration.results()
+
+    def start(
+        self, rows: Sequence[Sequence[int]], options: DiffusionOptions, *, seeds: Sequence[int] | None = None
+    ) -> Restoration:
+        """The same, step by step; arguments and errors as of :meth:`restore`."""
+        counts = sorted({list(row).count(self.special.mask) for row in rows})
+        wrong = self.option_problems(options) + [problem for count in counts for problem in options.problems(count)]
+        if wrong:
+            raise ConfigError(list(dict.fromkeys(wrong)))
         problems = [problem for i, row in enumerate(rows) for problem in self.problems(row, f"row {i}")]
         if problems:
             raise DataError(problems)
-        run = _Run(self, rows, options, seeds or [options.seed] * len(rows), on_step)
-        for block in range(run.num_blocks):
-            run.restore_block(block)
-        self.num_forwards = run.denoiser.num_forwards
-        return run.results()
+        return Restoration(self, rows, options, [options.seed] * len(rows) if seeds is None else seeds)
 
 
 def build_sampler(loaded: LoadedModel) -> DiffusionSampler:
@@ -173,8 +193,8 @@ def build_sampler(loaded: LoadedModel) -> DiffusionSampler:
     )
 
 
-class _Run:
-    """The rows of one call on their way."""
+class Restoration:
+    """Rows on their way; made by :meth:`DiffusionSampler.start`."""
 
     def __init__(
         self,
@@ -182,9 +202,9 @@ class _Run:
         rows: Sequence[Sequence[int]],
         options: DiffusionOptions,
         seeds: Sequence[int],
-        on_step: Callable[[Kept], None] | None,
     ) -> None:
-        self.options, self.on_step, self.special = options, on_step, sampler.special
+        assert len(seeds) == len(rows), "a seed for each row"
+        self.options, self.special = options, sampler.special
         device = next(sampler.model.parameters()).device
         self.tokens, self.lengths = _padded(rows, device)
         self.is_mask = (self.tokens == self.special.mask) & (
@@ -208,7 +228,13 @@ class _Run:
             cache_shape=None if options.cache == "none" else (len(rows), self.tokens.size(1)),
         )
 
-    def restore_block(self, block: int) -> None:
+    @torch.no_grad()
+    def steps(self) -> Iterator[Kept]:
+        """Take one step after the other; what each restored. Collective: tensor-parallel group."""
+        for block in range(self.num_blocks):
+            yield from self._restore_block(block)
+
+    def _restore_block(self, block: int) -> Iterator[Kept]:
         """All steps of a block, of the rows that have one and were not left."""
         is_block = self.block_of == block
         total, steps = is_block.sum(1), self.steps_per_block
@@ -225,14 +251,14 @@ class _Run:
             else:
                 logits = self.denoiser.window_logits(rows, wanted, starts[index], ends[index])
             quota = total // steps + (step < total % steps)
-            self._keep(index, wanted, logits, quota[index])
+            yield self._keep(index, wanted, logits, quota[index])
             step += 1
 
     def _masks(self, block: int) -> Tensor:
         """bool [b, s]: masks of a block that are still to be restored."""
         return self.is_mask & (self.block_of == block) & ~self.is_left[:, None]
 
-    def _keep(self, index: Tensor, wanted: Tensor, logits: Tensor, quota: Tensor) -> None:
+    def _keep(self, index: Tensor, wanted: Tensor, logits: Tensor, quota: Tensor) -> Kept:
         """Write the best of the predictions that logits [n, v] at the wanted positions (bool [r, s]) give."""
         generators = [self.generators[i] for i in index.tolist()]
         tokens, confidences = predict(logits, wanted.sum(1).tolist(), self.options, self.special, generators)
@@ -244,8 +270,7 @@ class _Run:
         self.is_mask[row, position] = False
         if self.options.stop_at_end:
             self._leave_finished()
-        if self.on_step is not None:
-            self.on_step(Kept(row.tolist(), position.tolist(), tokens.tolist(), confidences[is_kept].tolist()))
+        return Kept(row.tolist(), position.tolist(), tokens.tolist(), confidences[is_kept].tolist())
 
     def _leave_finished(self) -> None:
         """Leave rows whose answer has an end with no mask before it."""

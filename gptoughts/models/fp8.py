@@ -15,6 +15,7 @@ from gptoughts.models.grouped_experts import GroupedExperts
 from gptoughts.models.parameter_names import globally_named
 from gptoughts.parallel import groups
 from gptoughts.precision import te_backend
+from gptoughts.precision.amax_report import kept_words
 from gptoughts.precision.backend import choose_backend
 from gptoughts.precision.fp8_linear import ColumnParallelLinear, RowParallelLinear
 from gptoughts.precision.fp8_recipe import DelayedScaling
@@ -41,8 +42,10 @@ class Fp8Products:
         self.states: dict[str, ScalingState] = {}
         """Emulated ones, by their global names."""
 
+        words = kept_words(config.fp8)
+
         def stays_out(name: str) -> bool:
-            return is_kept(name, config.fp8.keep_bf16, config.model.num_layers)
+            return is_kept(name, words, config.model.num_layers)
 
         self.names = list(self._switches)
         """Every product that can run in FP8, by its global name."""
@@ -76,6 +79,11 @@ class Fp8Products:
             by_product |= self._te.states()
         return {f"{name}.fp8.{key}": tensor for name, found in by_product.items() for key, tensor in found.items()}
 
+    @property
+    def running(self) -> list[str]:
+        """Products that run in FP8 now, by their global names."""
+        return [*self.states, *(self._te.layers if self._te is not None else {})]
+
     def fall_back(self, should_leave: Callable[[str], bool]) -> list[str]:
         """Take products out of FP8, between two steps; returns their names. The same on every rank of the amax group.
 
@@ -83,7 +91,7 @@ class Fp8Products:
             should_leave: Says so of a product's global name.
         """
         te_layers = self._te.layers if self._te is not None else {}
-        leaving = [name for name in (*self.states, *te_layers) if should_leave(name)]
+        leaving = [name for name in self.running if should_leave(name)]
         for name in leaving:
             if self._te is not None and name in te_layers:
                 self._te.fall_back(name)

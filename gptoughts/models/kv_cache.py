@@ -5,7 +5,8 @@ any length start at place 0, nothing is shifted or padded, and a forward of posi
 what was kept of them. All memory is allocated once.
 
 Keys are kept turned by their positions. Of a token, a layer keeps per key/value head a key and a value; a layer with
-latent attention its latent and its shared rotary key instead, whatever the number of heads (``models.attention``).
+latent attention its latent and its shared rotary key instead, whatever the number of heads
+(``models.latent_attention``).
 
 Legend: r rows of the cache, b rows of a forward, s tokens of each in a forward, p places, h hidden.
 """

@@ -11,7 +11,7 @@ from torch.nn import Parameter
 
 Named = TypeVar("Named")
 
-_LAYER = re.compile(r"(?<=decoder\.layers\.)\d+(?=\.)")
+_LAYER = re.compile(r"(?<=decoder\.layers\.)\d+(?=\.|$)")
 
 
 def globally_named(model: nn.Module, named: Iterable[tuple[str, Named]]) -> dict[str, Named]:
@@ -45,3 +45,8 @@ def global_buffer_names(model: nn.Module) -> dict[str, Tensor]:
     found = globally_named(model, ((name, buffer) for name, buffer in model.named_buffers() if name in persistent))
     products: Any = getattr(model, "fp8", None)
     return found if products is None else found | products.tensors()
+
+
+def global_module_names(model: nn.Module) -> dict[str, nn.Module]:
+    """Modules by names like those of parameters, the model itself left out."""
+    return globally_named(model, ((name, module) for name, module in model.named_modules() if name))

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
-from torch.nn import Parameter
+from torch.nn import Module, Parameter
 
 from gptoughts.config.experiment import ExperimentConfig
 from gptoughts.models.language_model import LanguageModel
-from gptoughts.models.parameter_names import global_buffer_names, global_parameter_names
+from gptoughts.models.parameter_names import global_buffer_names, global_module_names, global_parameter_names
 from gptoughts.parallel import groups
 
 
@@ -52,6 +52,16 @@ def stage_parameters(chunks: Sequence[LanguageModel]) -> dict[str, Parameter]:
 def stage_buffers(chunks: Sequence[LanguageModel]) -> dict[str, Tensor]:
     """This rank's buffers that belong in a checkpoint, by global name."""
     return _merged([global_buffer_names(chunk) for chunk in chunks])
+
+
+def stage_modules(chunks: Sequence[LanguageModel]) -> list[dict[str, Module]]:
+    """For each chunk: its modules by global name."""
+    return [global_module_names(chunk) for chunk in chunks]
+
+
+def stage_depths(chunks: Sequence[LanguageModel]) -> list[int]:
+    """For each chunk: its place among all chunks of the model, from the embedding."""
+    return [i * groups.pipeline_parallel_size() + groups.pipeline_parallel_rank() for i in range(len(chunks))]
 
 
 def shared_embedding_weight(chunks: Sequence[LanguageModel]) -> Tensor | None:

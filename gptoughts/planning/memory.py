@@ -23,7 +23,7 @@ out: below 1% of any model that needs more than one rank.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from gptoughts.config.experiment import ExperimentConfig, ParallelConfig
 from gptoughts.config.model import ModelConfig
@@ -50,7 +50,7 @@ class RankMemory:
     buffers: int
     """Gathered weights, buckets and operators' temporaries at the fullest moment."""
     host: int = 0
-    """In the host's memory (offload)."""
+    """In the host's memory: offload, and the stability guard's snapshot."""
 
     @property
     def total(self) -> int:
@@ -103,6 +103,11 @@ def state_bytes(division: Division, zero: ZeroSettings, width: int) -> dict[str,
         "gradients": zero.gradient_width * (part if zero.stage >= 2 else whole),
         "optimizer": (_MOMENTS + masters) * (part if zero.stage >= 1 else whole),
     }
+
+
+def snapshot_bytes(division: Division, zero: ZeroSettings) -> int:
+    """The stability guard's copy of fp32 weights and moments (``training.snapshot``)."""
+    return (_FP32 + _MOMENTS) * int(division.part if zero.stage >= 1 else division.whole)
 
 
 def gathered_elements(division: Division, zero: ZeroSettings, layer_elements: int) -> int:
@@ -279,4 +284,8 @@ def _offloaded(zero: ZeroSettings) -> dict[str, bool]:
 def largest_memory(config: ExperimentConfig, zero: ZeroSettings, needs: Sequence[StageNeeds]) -> RankMemory:
     """Bytes on the fullest rank of all stages."""
     width = WIDTHS[config.train.precision or "bf16"]
-    return max((rank_memory(of_stage, zero, width) for of_stage in needs), key=lambda memory: memory.total)
+    fullest = max(needs, key=lambda of_stage: rank_memory(of_stage, zero, width).total)
+    memory = rank_memory(fullest, zero, width)
+    stability = config.stability
+    has_snapshot = stability.enabled and stability.snapshot_interval_steps > 0
+    return replace(memory, host=memory.host + has_snapshot * snapshot_bytes(fullest.division, zero))

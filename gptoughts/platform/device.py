@@ -55,6 +55,21 @@ def communication_backend() -> str:
     return "nccl" if is_cuda() else "gloo"
 
 
+def device_count() -> int:
+    """CUDA devices of this host; 0 without CUDA."""
+    return torch.cuda.device_count() if is_cuda() else 0
+
+
+def device_name() -> str:
+    """The current CUDA device's name; empty without CUDA."""
+    return torch.cuda.get_device_name() if is_cuda() else ""
+
+
+def compute_capability() -> tuple[int, int]:
+    """The current CUDA device's; (0, 0) without CUDA."""
+    return torch.cuda.get_device_capability() if is_cuda() else (0, 0)
+
+
 def synchronize() -> None:
     """Wait until the device has done all work handed to it."""
     if is_cuda():

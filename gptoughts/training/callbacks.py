@@ -104,6 +104,11 @@ class MetricsCallback(Callback):
         if self._file is not None:
             self._file.close()
 
+    def after_rollback(self, trainer: Trainer) -> None:
+        self._pending = []
+        if self._file is not None:
+            self._file.rewind(trainer.state.step)
+
     def _flush(self, trainer: Trainer) -> None:
         reports, self._pending = self._pending, []
         newest = reports[-1]
@@ -128,6 +133,8 @@ class MetricsCallback(Callback):
             **multi_token_figures(newest.result.extras),
             **newest.result.figures,
         }
+        if scaler := trainer.engine.loss_scaler_state():
+            line["loss_scale"] = scaler["cur_scale"]
         if self._validation is not None:
             line |= self._validation.line(trainer.state.step)
         self.last = line
@@ -160,6 +167,7 @@ class CheckpointCallback(Callback):
         self._say = say
         self._is_asynchronous = is_asynchronous
         self._saved_step = -1
+        self._is_due = False
         self._pending: PendingSave | None = None
         self._stalled_seconds = 0.0
 
@@ -174,6 +182,9 @@ class CheckpointCallback(Callback):
         if report.result.flags[self._WRITTEN_FLAG] == groups.world_size():
             self._finish()
         if self._interval_steps and trainer.state.step % self._interval_steps == 0:
+            self._is_due = True
+        # After a step that was not applied the state may be at fault: better none than a bad checkpoint.
+        if self._is_due and report.result.applied:
             self._save(trainer)
 
     def on_train_end(self, trainer: Trainer) -> None:
@@ -181,8 +192,15 @@ class CheckpointCallback(Callback):
             self._save(trainer)
         self._finish()
 
+    def before_rollback(self, trainer: Trainer) -> None:
+        self._finish()
+
+    def after_rollback(self, trainer: Trainer) -> None:
+        self._saved_step, self._is_due = trainer.state.step, False
+
     def _save(self, trainer: Trainer) -> None:
         self._finish()
+        self._is_due = False
         started = time.perf_counter()
         self._pending = self._manager.begin(
             trainer.engine, trainer.state.as_dict(), is_asynchronous=self._is_asynchronous
@@ -251,8 +269,12 @@ class ProgressCallback(Callback):
             )
         elif step % self._interval_steps == 0 or step == trainer.last_step:
             self._console.print(self._plain(trainer, report), highlight=False, soft_wrap=True)
-        if not report.result.applied:
+        if not report.result.applied and trainer.guard is None:
             self._console.print(f"step {step}: non-finite gradients, update skipped", highlight=False)
+
+    def after_rollback(self, trainer: Trainer) -> None:
+        if self._bar is not None:
+            self._bar.update(self._task, completed=trainer.state.step)
 
     def _plain(self, trainer: Trainer, report: StepReport) -> str:
         line: Mapping[str, Any] = self._metrics.last

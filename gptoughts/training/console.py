@@ -49,6 +49,13 @@ def plot_run() -> NoReturn:
     run_main(main)
 
 
+def fp8_report() -> NoReturn:
+    """``tools/fp8_report.py``."""
+    from gptoughts.training.fp8_report import main
+
+    run_main(main)
+
+
 def doctor() -> NoReturn:
     """``tools/doctor.py``."""
     from gptoughts.platform.doctor import main

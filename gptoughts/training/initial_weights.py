@@ -5,17 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-import torch.distributed as dist
 from torch import Tensor
 
 from gptoughts.checkpoint import layout
 from gptoughts.checkpoint.adaptation import MULTI_TOKEN_PREDICTION, VOCABULARY_MATRICES, Adaptation, read_adaptation
 from gptoughts.checkpoint.huggingface.formats import is_huggingface
 from gptoughts.checkpoint.huggingface.weights import HuggingFaceWeights
+from gptoughts.checkpoint.manager import check_files_together
 from gptoughts.checkpoint.portable import BUFFER, WEIGHT, CheckpointReader
 from gptoughts.config.model import ModelConfig
 from gptoughts.engine.interface import Engine, StateFragment
-from gptoughts.errors import CheckpointError
 from gptoughts.parallel import groups
 
 
@@ -61,20 +60,7 @@ def _open(
         weights.check_names(expected(weights.names()))
         return weights, path
     folder = layout.locate(path)
-    _check_files(folder)
+    check_files_together(folder)
     reader = CheckpointReader(folder)
     reader.check_names([], names=expected(reader.names()))
     return reader, folder
-
-
-def _check_files(folder: Path) -> None:
-    """Rank 0 reads all files once; every rank learns what it found. Collective: every rank of the world."""
-    problems: list[list[str]] = [[]]
-    if dist.get_rank() == 0:
-        try:
-            layout.check_files(folder)
-        except CheckpointError as error:
-            problems = [error.problems]
-    dist.broadcast_object_list(problems, src=0)
-    if problems[0]:
-        raise CheckpointError(problems[0])

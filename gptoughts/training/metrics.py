@@ -36,18 +36,22 @@ def _parse(path: Path, lines: list[str]) -> Iterator[dict[str, Any]]:
 
 
 class MetricsFile:
-    """Appends lines to ``metrics.jsonl``.
+    """Appends lines to ``metrics.jsonl``, or to another file of lines with a step.
 
     Args:
         run: The run's folder.
         resumed_step: Step that the run goes on from; lines of later steps, which will be run again, are dropped.
+        name: The file's.
     Raises:
         DataError: there is such a file, and it is damaged.
         PlatformError: the disk is full or gone.
     """
 
-    def __init__(self, run: Path, *, resumed_step: int) -> None:
-        self.path = run / METRICS_FILE
+    def __init__(self, run: Path, *, resumed_step: int, name: str = METRICS_FILE) -> None:
+        self.path = run / name
+        self._open(resumed_step)
+
+    def _open(self, resumed_step: int) -> None:
         try:
             if self.path.exists():
                 kept = [line for line in read_metrics(self.path) if line["step"] <= resumed_step]
@@ -55,6 +59,15 @@ class MetricsFile:
             self._file = self.path.open("a", encoding="utf-8")
         except OSError as error:
             raise self._cannot_be_written(error) from None
+
+    def rewind(self, step: int) -> None:
+        """Drop the lines of later steps, which will be run again.
+
+        Raises:
+            PlatformError: the disk is full or gone.
+        """
+        self.close()
+        self._open(step)
 
     def write(self, line: Mapping[str, Any]) -> None:
         """Append one line and hand it to the operating system at once.

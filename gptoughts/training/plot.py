@@ -1,14 +1,16 @@
-"""Loss curves of one or several runs as a PNG; imports no torch."""
+"""Loss curves of one or several runs as a PNG, with what the stability guard did; imports no torch."""
 
 from __future__ import annotations
 
 import argparse
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from gptoughts.errors import DataError
+from gptoughts.training.events import Event, read_events
 from gptoughts.training.metrics import METRICS_FILE, read_metrics
 
 X_AXES = {
@@ -30,7 +32,7 @@ def smoothed(values: Sequence[float]) -> list[float]:
 
 
 def draw_runs(runs: Sequence[Path], output: Path, *, x: str = "tokens") -> Path:
-    """Draw training loss (raw and smoothed) and validation loss of each run.
+    """Draw training loss (raw and smoothed) and validation loss of each run, and where its guard stepped in.
 
     Args:
         runs: Run folders, or their metrics.jsonl.
@@ -56,12 +58,18 @@ def draw_runs(runs: Sequence[Path], output: Path, *, x: str = "tokens") -> Path:
         if not train and not valid:
             raise DataError(f"{path}: holds no losses to draw")
         name, colour = path.parent.name, f"C{number}"
+        # What was not learned from (NaN, spikes) is no part of the curve; the guard's marks say where it was.
+        train = [line for line in train if line.get("applied", True)] or train
         xs = [line[key] * scale for line in train]
         losses = [line["loss"] for line in train]
         axes.plot(xs, losses, color=colour, alpha=0.25, linewidth=1)
         axes.plot(xs, smoothed(losses), color=colour, label=f"{name}: train")
         if valid:
             _draw_validation(axes, valid, key, scale, name, colour)
+        if train and x != "time":  # a step that was left behind is at two times
+            per_step = scale * train[-1][key] / train[-1]["step"]
+            _draw_events(axes, read_events(path.parent), per_step, colour)
+    _keep_spikes_out(axes)
     axes.set_xlabel(label)
     axes.set_ylabel("loss (nats per token)")
     axes.grid(alpha=0.3)
@@ -88,6 +96,31 @@ def _draw_validation(axes: Any, valid: list[dict[str, Any]], key: str, scale: fl
         markersize=4,
         label=f"{name}: validation, last {valid[-1]['valid_loss']:.3f}",
     )
+
+
+def _keep_spikes_out(axes: Any) -> None:
+    """A loss of thousands would press everything else flat: the axis ends above where the curves begin."""
+    curves = [[y for y in line.get_ydata() if math.isfinite(y)] for line in axes.lines if line.get_linestyle() == "-"]
+    top = max((curve[0] for curve in curves if curve), default=0.0)
+    if top > 0 and max(max(curve) for curve in curves if curve) > 2 * top:
+        axes.set_ylim(top=1.2 * top)
+
+
+_MARKS = {"skip": "x", "rollback": "v", "fallback": "^", "cut_lr": "D", "stop": "s"}
+
+
+def _draw_events(axes: Any, events: list[Event], per_step: float, colour: str) -> None:
+    """Marks at the foot of the picture, and the courses that rollbacks left behind."""
+    for action, mark in _MARKS.items():
+        steps = [event["step"] * per_step for event in events if event["action"] == action]
+        if steps:
+            foot = {"transform": axes.get_xaxis_transform(), "clip_on": False}
+            axes.plot(steps, [0.02] * len(steps), mark, color=colour, label=f"guard: {action}", **foot)
+    for event in events:
+        if len(event.get("abandoned", [])) > 1:
+            course = event["abandoned"]
+            xs = [step * per_step for step, _ in course]
+            axes.plot(xs, [loss for _, loss in course], color="grey", linestyle=":", linewidth=1)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -28,6 +28,7 @@ from gptoughts.parallel.heartbeat import Heartbeat, is_communication_error
 from gptoughts.platform import determinism, device
 from gptoughts.platform.extension_locks import clear_stale_locks
 from gptoughts.training.callbacks import ValidationCallback
+from gptoughts.training.fallback import Fp8Fallback, left_fp8
 from gptoughts.training.initial_weights import load_initial_weights
 from gptoughts.training.metrics import METRICS_FILE
 from gptoughts.training.plot import draw_runs
@@ -35,6 +36,7 @@ from gptoughts.training.run_folder import on_rank_zero, open_run, set_aside
 from gptoughts.training.setup import (
     build_callbacks,
     build_engine,
+    build_guard,
     build_loader,
     build_validation,
     check_machine,
@@ -134,9 +136,12 @@ def _run(experiment: Experiment, run_folder: Path, stop: StopRequests, extra_cal
     )
     state = TrainState()
     reader = manager.find(config.resume)
+    fp8 = Fp8Fallback(engine.chunks, all_names, config.model.num_layers) if config.use_fp8 else None
     if reader is not None:
+        if fp8 is not None:
+            fp8.keep_out(left_fp8(reader))
         saved = manager.restore(reader, engine, names)
-        state = TrainState(**{key: saved[key] for key in state.as_dict()})
+        state = TrainState.read(saved)
         console.print(f"resumed from {reader.folder} (step {state.step})")
         if config.init_from is not None:
             console.print(f"init_from {config.init_from} is not read again: this run has a checkpoint of its own")
@@ -165,6 +170,7 @@ def _run(experiment: Experiment, run_folder: Path, stop: StopRequests, extra_cal
         sequence_length_tokens=seq_length(config),
         stop_requested=lambda: stop.is_requested,
         callbacks=[*callbacks, *extra_callbacks],
+        guard=build_guard(config.stability, state, engine, manager, names, console.print, fp8),
     )
     if state.step >= trainer.last_step:
         option = "train.steps" if state.step >= config.train.steps else "train.stop_after_steps"

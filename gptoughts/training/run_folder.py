@@ -91,7 +91,15 @@ def set_aside(run: Path, *, resumed_from: Path | None, step: int) -> Path | None
     """
     checkpoints = layout.list_checkpoints(run)
     is_own = resumed_from is not None and any(os.path.samefile(resumed_from, found) for found in checkpoints)
-    others = [found for found in checkpoints if not is_own or layout.step_of(found) > step]
+    return _move_aside(run, [found for found in checkpoints if not is_own or layout.step_of(found) > step])
+
+
+def set_aside_later(run: Path, *, step: int) -> Path | None:
+    """Move away the checkpoints of later steps, whose course the run has left; returns what :func:`set_aside` does."""
+    return _move_aside(run, [found for found in layout.list_checkpoints(run) if layout.step_of(found) > step])
+
+
+def _move_aside(run: Path, others: list[Path]) -> Path | None:
     if not others:
         return None
     number = 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,7 @@ from rich.console import Console
 from torch import nn
 
 from gptoughts.checkpoint.manager import CheckpointManager
-from gptoughts.config.experiment import ExperimentConfig
+from gptoughts.config.experiment import ExperimentConfig, StabilityConfig
 from gptoughts.config.resolve import Experiment
 from gptoughts.data.corpus import CorpusInfo
 from gptoughts.data.loader import StepLoader
@@ -21,7 +22,7 @@ from gptoughts.data.pretrain import build_samples, build_validation_samples
 from gptoughts.data.tokenizer import load_tokenizer
 from gptoughts.engine.deepspeed_engine import TrainEngine, construction_context, gathered
 from gptoughts.engine.interface import ForwardOutput
-from gptoughts.errors import ConfigError
+from gptoughts.errors import ConfigError, DataError
 from gptoughts.models.expert_load import finish_step
 from gptoughts.models.flops import flops_per_token
 from gptoughts.models.fp8 import check_products, initial_of_state
@@ -32,6 +33,7 @@ from gptoughts.objectives.multi_token import MultiTokenLoss
 from gptoughts.parallel import groups
 from gptoughts.parallel.context import own_part
 from gptoughts.platform import device
+from gptoughts.precision.amax_report import REPORT_FILE, kept_words
 from gptoughts.precision.backend import backend_problem, choose_backend
 from gptoughts.training.callbacks import (
     Callback,
@@ -41,8 +43,13 @@ from gptoughts.training.callbacks import (
     ValidationCallback,
 )
 from gptoughts.training.evaluate import TARGET_BYTES, Validator, bytes_of
+from gptoughts.training.events import EventsFile
+from gptoughts.training.fallback import Fp8Fallback
+from gptoughts.training.fp8_callback import Fp8Callback
 from gptoughts.training.metrics import MetricsFile
-from gptoughts.training.trainer import TrainState
+from gptoughts.training.origin import find_origin
+from gptoughts.training.recovery import Recovery
+from gptoughts.training.trainer import Trainer, TrainState
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -124,6 +131,15 @@ def check_machine(experiment: Experiment) -> None:
     if config.use_fp8:
         problem = backend_problem(config.fp8)
         problems += [f"{problem} ({experiment.sources['fp8.backend']})"] if problem else []
+        if config.log.fp8 and choose_backend(config.fp8).name == "te":
+            problems.append(
+                f"log.fp8=true ({experiment.sources['log.fp8']}): Transformer Engine's kernels do not say what their "
+                "casts lose; a run with fp8.backend=emulated does"
+            )
+        try:
+            kept_words(config.fp8)
+        except DataError as error:
+            problems += [f"fp8.report={config.fp8.report}: {line}" for line in error.problems]
     if problems:
         raise ConfigError(problems)
 
@@ -133,7 +149,7 @@ def describe_fp8(config: ExperimentConfig) -> list[str]:
     if not config.use_fp8:
         return []
     choice, section = choose_backend(config.fp8), config.fp8
-    kept = ", ".join(section.keep_bf16)
+    kept = ", ".join(kept_words(section))
     return [
         f"FP8 {section.format}, {section.recipe} scaling, backend {choice.name}: {choice.reason}; out of FP8: {kept}"
     ]
@@ -227,7 +243,29 @@ def build_loader(experiment: Experiment, corpus: CorpusInfo, objective: Objectiv
         consumed_samples=state.consumed_samples,
         prefetch_steps=config.data.prefetch_steps,
         vocab_size=config.model.vocab_size,
+        skipped=state.skipped_samples,
     )
+
+
+def build_guard(
+    config: StabilityConfig,
+    state: TrainState,
+    engine: TrainEngine,
+    manager: CheckpointManager,
+    names: Sequence[str],
+    say: Callable[[str], None],
+    fp8: Fp8Fallback | None,
+) -> Recovery | None:
+    """What watches over a run; None where it is switched off."""
+    if not config.enabled:
+        return None
+
+    def look(trainer: Trainer) -> dict[str, Any]:
+        return find_origin(trainer, engine.chunks, names)
+
+    events = EventsFile(manager.run) if dist.get_rank() == 0 else None
+    find = look if config.replay else None
+    return Recovery(config, state, manager=manager, names=names, say=say, events=events, find_origin=find, fp8=fp8)
 
 
 def build_callbacks(
@@ -264,6 +302,9 @@ def build_callbacks(
                 metrics=metrics,
             )
         )
+    if config.log.fp8:
+        file = MetricsFile(manager.run, resumed_step=state.step, name=REPORT_FILE) if is_first else None
+        callbacks.append(Fp8Callback(engine.chunks, file, config.log.interval_steps))
     callbacks.append(
         CheckpointCallback(
             manager,

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, field
+from typing import Any, Protocol
 
 import torch
 
-from gptoughts.data.loader import StepLoader
+from gptoughts.data.loader import Batch, SampleRange, StepLoader
 from gptoughts.engine.interface import Engine, StepResult
-from gptoughts.objectives.base import Objective
+from gptoughts.objectives.base import ModelInputs, Objective
+from gptoughts.training.stability import GuardState
 
 STOP_FLAG = "stop"
 
@@ -23,15 +24,26 @@ class TrainState:
     step: int = 0
     """Optimizer steps done (skipped ones included)."""
     consumed_samples: int = 0
-    """Samples read; the data order goes on from here."""
+    """Position in the data order, from which it goes on: samples read, and those left out on the way."""
     consumed_tokens: int = 0
     """Tokens read."""
     seconds: float = 0.0
     """Time spent in steps, over all resumptions."""
+    skipped_samples: list[SampleRange] = field(default_factory=list)
+    """Ranges of samples that a recovery left out: together with the seed they say which sample comes when."""
+    guard: GuardState = field(default_factory=GuardState)
+    """What the stability guard remembers."""
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-able form."""
         return asdict(self)
+
+    @classmethod
+    def read(cls, saved: Mapping[str, Any]) -> TrainState:
+        """From :meth:`as_dict`, also of a version with fewer fields."""
+        known = {name: value for name, value in saved.items() if name in cls.__dataclass_fields__}
+        known["skipped_samples"] = [(first, stop) for first, stop in known.get("skipped_samples", [])]
+        return cls(**{**known, "guard": GuardState.read(known.get("guard", {}))})
 
 
 @dataclass(frozen=True)
@@ -63,8 +75,30 @@ class Callback:
     def on_step_end(self, trainer: Trainer, report: StepReport) -> None:
         """After each step."""
 
+    def before_rollback(self, trainer: Trainer) -> None:
+        """Before the run is taken back to an earlier step; ``on_step_end`` is not called for the step at fault."""
+
+    def after_rollback(self, trainer: Trainer) -> None:
+        """``trainer.state`` says where the run goes on from."""
+
     def on_train_end(self, trainer: Trainer) -> None:
         """After the last step, or the one at which the run was asked to stop."""
+
+
+class StepGuard(Protocol):
+    """What the loop asks around each step (``training.recovery.Recovery``)."""
+
+    def lr_factor(self, step: int) -> float:
+        """What the scheduled learning rate of a step is multiplied by."""
+
+    def begin_step(self, trainer: Trainer) -> None:
+        """Before the forward of a step."""
+
+    def judge(self, loss: float, grad_norm: float) -> bool:
+        """Whether its update is to be applied (``engine.interface.Judge``)."""
+
+    def end_step(self, trainer: Trainer, report: StepReport) -> bool:
+        """After it; True where the run was taken back to an earlier step. Collective: every rank of the world."""
 
 
 class Trainer:
@@ -82,6 +116,7 @@ class Trainer:
         sequence_length_tokens: Tokens per sample.
         stop_requested: Whether this rank was asked to stop.
         callbacks: In the order in which they run.
+        guard: Judges each step before its update, and takes the run back where it went wrong.
     """
 
     def __init__(
@@ -98,6 +133,7 @@ class Trainer:
         sequence_length_tokens: int,
         stop_requested: Callable[[], bool],
         callbacks: Sequence[Callback],
+        guard: StepGuard | None = None,
     ) -> None:
         self.engine = engine
         self.objective = objective
@@ -110,6 +146,11 @@ class Trainer:
         self.sequence_length_tokens = sequence_length_tokens
         self.stop_requested = stop_requested
         self.callbacks = list(callbacks)
+        self.guard = guard
+        self.batches: list[Batch] = []
+        """Microbatches of the latest step on this data-parallel rank, as rows ..."""
+        self.microbatches: list[ModelInputs] = []
+        """... and as the engine got them."""
         self.was_stopped = False
         """Whether a request ended the run before its last step (equal on all ranks)."""
 
@@ -120,6 +161,8 @@ class Trainer:
         while self.state.step < self.last_step and not self.was_stopped:
             report = self._train_step()
             self.was_stopped = report.result.flags[STOP_FLAG] > 0
+            if self.guard is not None and self.guard.end_step(self, report):
+                continue
             for callback in self.callbacks:
                 callback.on_step_end(self, report)
         for callback in self.callbacks:
@@ -127,18 +170,23 @@ class Trainer:
 
     def _train_step(self) -> StepReport:
         started = time.perf_counter()
-        batches = self.loader.next_step()
+        self.batches = self.loader.next_step()
         data_seconds = time.perf_counter() - started
-        microbatches = [self.objective.prepare(b.tokens, b.sample_indices).to(self.device) for b in batches]
+        self.microbatches = [self.objective.prepare(b.tokens, b.sample_indices).to(self.device) for b in self.batches]
         lr = self.learning_rate(self.state.step)
         flags = {STOP_FLAG: float(self.stop_requested())}
         for callback in self.callbacks:
             flags |= callback.flags()
-        result = self.engine.train_step(microbatches, lr=lr, flags=flags)
+        if self.guard is None:
+            result = self.engine.train_step(self.microbatches, lr=lr, flags=flags)
+        else:
+            lr *= self.guard.lr_factor(self.state.step)
+            self.guard.begin_step(self)
+            result = self.engine.train_step(self.microbatches, lr=lr, flags=flags, judge=self.guard.judge)
         seconds = time.perf_counter() - started
         num_tokens = self.samples_per_step * self.sequence_length_tokens
         self.state.step += 1
-        self.state.consumed_samples += self.samples_per_step
+        self.state.consumed_samples = self.loader.consumed_samples
         self.state.consumed_tokens += num_tokens
         self.state.seconds += seconds
         return StepReport(result, lr, seconds, data_seconds, num_tokens, self.samples_per_step)

@@ -53,6 +53,8 @@ def test_parts_by_name() -> None:
         (SELECTIVE + "--parallel.recompute_modules mlp,mlp", "stands there 2 times"),
         (SELECTIVE + "--model_type mla --parallel.recompute_modules mla_up_proj --parallel.context 2",
          "attention keeps what ranks have sent"),
+        (SELECTIVE + "--model_type mla --parallel.recompute_modules mla_up_proj --use_fp8 true",
+         "would be cast with later scales"),
         (SELECTIVE + "--model_type deepseek --parallel.recompute_modules moe,shared_experts", "moe holds them already"),
         (SELECTIVE + "--model_type deepseek --model.first_k_dense_layers 0 --parallel.recompute_modules mlp",
          "allowed: core_attn, layernorm, mla_up_proj, moe, shared_experts"),

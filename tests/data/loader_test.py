@@ -10,7 +10,7 @@ import pytest
 import torch
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-from gptoughts.data.loader import StepLoader
+from gptoughts.data.loader import StepLoader, as_ranges, next_samples
 from gptoughts.data.pretrain import build_samples
 from gptoughts.errors import DataError
 from tests.data.conftest import MakeCorpus
@@ -133,3 +133,36 @@ def test_reading_costs_little(make_corpus: MakeCorpus, monkeypatch: pytest.Monke
             loader.next_step()
             assert sum(lengths) == 8 * 513
             assert len(lengths) <= 8 * 2, "513 tokens lie in two documents of 700 at most"
+
+
+def test_left_out_ranges_are_stepped_over_in_every_layout() -> None:
+    skipped = [(12, 16), (4, 6), (5, 8), (21, 22)]
+    expected = [0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 20, 22, 23, 24]
+    for size, micro, accumulation in ((1, 4, 2), (2, 2, 2), (4, 1, 2)):
+        steps: list[list[int]] = [[], []]
+        for rank in range(size):
+            layout = {"data_parallel_size": size, "micro_batch_size": micro, "num_microbatches": accumulation}
+            with _loader(**layout, data_parallel_rank=rank, skipped=skipped) as loader:
+                for step in steps:
+                    step += [i for batch in loader.next_step() for i in batch.sample_indices.tolist()]
+                assert loader.consumed_samples == 25
+                assert loader.samples_of_step.tolist() == expected[8:]
+        assert [sorted(step) for step in steps] == [expected[:8], expected[8:]]
+
+
+@pytest.mark.parametrize("prefetch_steps", [0, 2])
+def test_seeking_back_leaves_ranges_out_from_then_on(prefetch_steps: int) -> None:
+    with _loader(prefetch_steps=prefetch_steps) as loader:
+        for _ in range(3):
+            loader.next_step()
+        loader.seek(4, [(8, 12)])
+        found = [i for _ in range(2) for batch in loader.next_step() for i in batch.sample_indices.tolist()]
+        assert found == [4, 5, 6, 7, 12, 13, 14, 15]
+        loader.close()
+        with pytest.raises(RuntimeError, match="closed"):
+            loader.seek(0, [])
+
+
+def test_samples_as_ranges() -> None:
+    assert as_ranges(next_samples(2, 6, [(4, 9)])) == [(2, 4), (9, 13)]
+    assert as_ranges(np.empty(0, dtype=np.int64)) == []

@@ -1,77 +1,150 @@
-"""Next-token sampling from a model whose answers are known."""
+"""Many requests at once through a cache, beside each of them alone without one."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import pytest
 import torch
-from torch import Tensor, nn
 
-from gptoughts.inference.autoregressive import SamplingOptions, generate, next_token
+from gptoughts.inference.autoregressive import CONTEXT, END, LENGTH, BatchGenerator, Request
+from gptoughts.inference.sampling import Sampler
+from gptoughts.inference.sampling_options import SamplingOptions
+from tests.distributed import run_distributed
+from tests.models.kv_cache_test import PLACES, build
 
-
-class Successor(nn.Module):
-    """Says that token n is followed by n + 1; padding beyond the vocabulary has the largest logits."""
-
-    def __init__(self, vocab_size: int, padded: int) -> None:
-        super().__init__()
-        self.anchor = nn.Parameter(torch.zeros(()))
-        self.vocab_size, self.padded = vocab_size, padded
-        self.longest = 0
-
-    def forward(self, input_ids: Tensor, position_ids: Tensor, attention_mask: None) -> Tensor:
-        assert position_ids.tolist() == [list(range(input_ids.shape[1]))]
-        self.longest = max(self.longest, input_ids.shape[1])
-        logits = nn.functional.one_hot((input_ids + 1) % self.vocab_size, self.padded).float()
-        logits[..., self.vocab_size :] = 100.0
-        return logits
+VOCABULARY = 100
+PROMPT_LENGTHS = (3, 21, 1, 9, 14, 30)
 
 
-def run(prompt: list[int], *, end_id: int | None = None, context_tokens: int = 99, count: int = 5) -> list[int]:
-    model = Successor(vocab_size=10, padded=128)
-    options = SamplingOptions(max_new_tokens=count, temperature=0)
-    found = generate(model, prompt, options, vocab_size=10, context_tokens=context_tokens, end_id=end_id)
-    return list(found)
+def prompts() -> list[list[int]]:
+    generator = torch.Generator().manual_seed(7)
+    return [torch.randint(0, VOCABULARY, (length,), generator=generator).tolist() for length in PROMPT_LENGTHS]
 
 
-def test_greedy_follows_the_model_and_never_draws_padding() -> None:
-    assert run([3]) == [4, 5, 6, 7, 8]
+def options(number: int) -> SamplingOptions:
+    """Requests that differ: greedy, drawn, penalized, long and short."""
+    kinds: tuple[dict[str, Any], ...] = (
+        {"temperature": 0, "max_new_tokens": 9},
+        {"temperature": 0.7, "top_k": 20, "seed": 3, "max_new_tokens": 4},
+        {"temperature": 0, "repetition_penalty": 1.3, "max_new_tokens": 12},
+        {"temperature": 1.1, "top_p": 0.9, "seed": 4, "max_new_tokens": 1},
+    )
+    return SamplingOptions(**kinds[number % len(kinds)])
 
 
-def test_stops_before_the_end_token() -> None:
-    assert run([3], end_id=6) == [4, 5]
+@torch.inference_mode()
+def alone(model: Any, prompt: list[int], chosen: SamplingOptions, end_ids: frozenset[int]) -> list[int]:
+    """A forward of everything for each token."""
+    sampler, ids = Sampler(chosen), list(prompt)
+    while len(ids) - len(prompt) < chosen.max_new_tokens and len(ids) < PLACES:
+        token = sampler.draw(model(torch.tensor([ids]))[0, -1, :VOCABULARY], ids)
+        if token in end_ids:
+            break
+        ids.append(token)
+    return ids[len(prompt) :]
 
 
-def test_the_window_slides_over_a_long_prompt() -> None:
-    model = Successor(10, 16)
-    options = SamplingOptions(max_new_tokens=4, temperature=0)
-    assert list(generate(model, [1, 2, 3, 4], options, vocab_size=10, context_tokens=3, end_id=None)) == [5, 6, 7, 8]
-    assert model.longest == 3
+def generator_of(model: Any, rows: int, prefill_tokens: int = 1024, end_ids: tuple[int, ...] = ()) -> BatchGenerator:
+    return BatchGenerator(
+        model,
+        vocab_size=VOCABULARY,
+        context_tokens=PLACES,
+        end_ids=end_ids,
+        rows=rows,
+        prefill_tokens=prefill_tokens,
+    )
 
 
-def test_an_empty_prompt_is_refused() -> None:
-    with pytest.raises(ValueError, match="empty"):
-        run([])
+def queue_beside_each_alone(name: str, rows: int, prefill_tokens: int, tensor: int = 1) -> tuple[Any, Any]:
+    model = build(name, tensor)
+    requests = [Request(prompt, options(number)) for number, prompt in enumerate(prompts())]
+    ends = (11, 12, 13, 14, 15, 16)
+    for _ in generator_of(model, rows, prefill_tokens, ends).run(iter(requests)):
+        pass
+    expected = [alone(model, request.prompt_ids, request.options, frozenset(ends)) for request in requests]
+    return [request.new_ids for request in requests], expected
 
 
-def test_top_k_and_temperature_shape_the_draws() -> None:
-    logits = torch.tensor([0.0, 1.0, 2.0, 3.0])
-    generator = torch.Generator().manual_seed(0)
-    draws = [next_token(logits, SamplingOptions(temperature=1.0, top_k=2), generator) for _ in range(400)]
-    assert set(draws) == {2, 3}
-    share = draws.count(3) / len(draws)
-    assert share == pytest.approx(1 / (1 + torch.e ** torch.tensor(-1.0).item()), abs=0.08)
-    cold = [next_token(logits, SamplingOptions(temperature=0.05), generator) for _ in range(50)]
-    assert set(cold) == {3}
+@pytest.mark.parametrize(
+    ("name", "rows", "prefill_tokens", "tensor"),
+    [("gpt", 1, 1024, 1), ("gpt", 4, 8, 1), ("mla", 3, 64, 1), ("deepseek", 2, 1024, 1), ("mla", 3, 64, 2)],
+)
+def test_a_queue_says_what_each_request_says_alone(name: str, rows: int, prefill_tokens: int, tensor: int) -> None:
+    for found, expected in run_distributed(queue_beside_each_alone, tensor, name, rows, prefill_tokens, tensor):
+        assert found == expected
+        assert {len(answer) for answer in found} != {len(found[0])}, "requests that end at different times"
 
 
-def test_the_seed_decides() -> None:
-    logits = torch.zeros(1000)
-    options = SamplingOptions(temperature=1.0)
-    draws = [next_token(logits, options, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)]
-    assert draws[0] == draws[1] != draws[2]
+def events() -> list[Any]:
+    """(how requests were taken from a lazy queue, why each ended, bytes of what a second run leaves)."""
+    model = build("gpt")
+    taken: list[int] = []
+
+    def queue(requests: list[Request]) -> Iterator[Request]:
+        for number, request in enumerate(requests):
+            taken.append(number)
+            yield request
+
+    lengths = (5, 2, 3, 60)
+    requests = [Request([1, 2], SamplingOptions(temperature=0, max_new_tokens=length)) for length in lengths]
+    generator = generator_of(model, rows=2)
+    order: list[list[int]] = []
+    for event in generator.run(queue(requests)):
+        if event.request.end_reason is not None:
+            order.append([requests.index(event.request), len(taken)])
+    answers = [request.new_ids for request in requests]
+    first = answers[0][1]
+    ended = Request([1, 2], SamplingOptions(temperature=0, max_new_tokens=5))
+    list(generator_of(model, rows=2, end_ids=(first,)).run([ended]))
+    return [order, [request.end_reason for request in requests], answers, ended.new_ids, ended.end_reason]
 
 
-def test_problems_of_options() -> None:
-    problems = SamplingOptions(max_new_tokens=0, temperature=-1.0, top_k=-5).problems()
-    assert [problem.split("=")[0] for problem in problems] == ["max_new_tokens", "temperature", "top_k"]
-    assert SamplingOptions().problems() == []
+def test_a_request_is_taken_when_a_row_is_free() -> None:
+    ((order, reasons, answers, ended, reason),) = run_distributed(events, 1)
+    assert order == [[1, 2], [2, 3], [0, 4], [3, 4]]
+    assert reasons == [LENGTH, LENGTH, LENGTH, CONTEXT]
+    assert [len(answer) for answer in answers] == [5, 2, 3, PLACES - 2]
+    assert ended == answers[0][:1], "the end token is no part of the answer"
+    assert reason == END
+
+
+def neighbours() -> list[list[int]]:
+    model = build("gpt")
+    chosen = SamplingOptions(temperature=1.0, seed=5, max_new_tokens=8)
+    found = []
+    for others in (0, 3):
+        requests = [Request(prompts()[0], chosen)]
+        requests += [Request(prompts()[n + 1], SamplingOptions(seed=n, max_new_tokens=6)) for n in range(others)]
+        list(generator_of(model, rows=4).run(requests))
+        found.append(requests[0].new_ids)
+    return found
+
+
+def test_neighbours_do_not_change_what_a_seed_draws() -> None:
+    ((by_itself, among_others),) = run_distributed(neighbours, 1)
+    assert by_itself == among_others
+    assert len(set(by_itself)) > 2
+
+
+def refusals() -> list[str]:
+    generator = generator_of(build("gpt"), rows=2)
+    said = []
+    for prompt in ([], [1] * PLACES):
+        with pytest.raises(ValueError, match="tokens: 1 to 39 have room") as caught:
+            list(generator.run([Request(prompt, SamplingOptions())]))
+        said.append(str(caught.value))
+    left = generator.run([Request([1], SamplingOptions(max_new_tokens=5))])
+    next(left)
+    left.close()
+    again = Request([1, 2], SamplingOptions(max_new_tokens=5, temperature=0))
+    list(generator.run([again]))
+    return [*said, str(len(again.new_ids))]
+
+
+def test_prompts_that_cannot_be_continued_and_a_run_that_is_left() -> None:
+    ((empty, long, again),) = run_distributed(refusals, 1)
+    assert empty.startswith("a prompt of 0")
+    assert long.startswith("a prompt of 40")
+    assert again == "5"

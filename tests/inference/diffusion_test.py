@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from gptoughts.config.experiment import ExperimentConfig, ParallelConfig
-from gptoughts.errors import DataError
+from gptoughts.errors import ConfigError, DataError
 from gptoughts.inference.diffusion import DiffusionSampler, Kept, Restored, continuation
 from gptoughts.inference.diffusion_options import DiffusionOptions
 from gptoughts.inference.remasking import SpecialTokens
@@ -253,6 +253,14 @@ def test_rows_that_cannot_be_restored_are_named() -> None:
     with pytest.raises(DataError, match="token 1 is the mask"):
         continuation([5, MASK], 4, SPECIAL)
     assert sampler.restore([], DiffusionOptions()) == []
+    with pytest.raises(ConfigError) as refused:
+        sampler.restore([[5, *[MASK] * 12]], DiffusionOptions(block_length=5, steps=4, temperature=-1))
+    assert [problem.split(":")[0] for problem in refused.value.problems] == ["temperature=-1", "steps=4"]
+    endless = sampler_of(built("gqa"), special=SpecialTokens(MASK))
+    with pytest.raises(
+        ConfigError, match="suppress_eos=True: the model has no end-of-text token\ndefer_ends=True: the"
+    ):
+        endless.restore([[5, MASK]], DiffusionOptions(suppress_eos=True, defer_ends=True))
 
 
 def restored_on_this_rank(tensor: int, kind: str, options: DiffusionOptions) -> list[Restored]:
@@ -266,9 +274,9 @@ def restored_on_this_rank(tensor: int, kind: str, options: DiffusionOptions) -> 
     return sampler_of(model).restore(RAGGED, options, seeds=[1, 2, 3, 4, 5])
 
 
-@pytest.mark.parametrize("kind", ["gqa", "mla"])
+@pytest.mark.parametrize("kind", ["gqa", "mla", "moe"])
 def test_tensor_parallel_ranks_restore_what_one_rank_does(kind: str) -> None:
-    options = DiffusionOptions(block_length=8, temperature=0.5, threshold=0.3, stop_at_end=False)
+    options = DiffusionOptions(block_length=8, temperature=0.5, threshold=0.3, cache="dual", stop_at_end=False)
     (alone,) = run_distributed(restored_on_this_rank, 1, 1, kind, options)
     first, second = run_distributed(restored_on_this_rank, 2, 2, kind, options)
     assert first == second == alone

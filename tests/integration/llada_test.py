@@ -40,10 +40,25 @@ def test_a_run_carries_its_mask_token_and_is_refused_by_the_autoregressive_sampl
     assert last["valid_loss"] > 0
     assert last["valid_bits_per_byte"] > 0
 
-    refused = run_program("launchers/generate.py", "--checkpoint", str(tmp_path), "--prompt", "def")
+    command = ("launchers/generate.py", "--checkpoint", str(tmp_path), "--max_new_tokens=16", "--steps=8")
+    answered = run_program(*command, "--prompt", "def")
+    assert answered.returncode == 0, answered.stderr
+    assert len(answered.stdout) > 1
+    picture = tmp_path / "out.gif"
+    filled = run_program(
+        "launchers/generate.py", "--checkpoint", str(tmp_path), "--cache=dual", "--threshold=0.9",
+        "--infill", r"def f(x):\n    [MASK*4]\n    return y", f"--save_animation={picture}",
+    )  # fmt: skip
+    assert filled.returncode == 0, filled.stderr
+    assert filled.stdout.startswith("def f(x):\n    ")
+    assert filled.stdout.endswith("\n    return y\n")
+    assert picture.is_file()
+    refused = run_program(*command, "--prompt", "def", "--top_k=5", "--min_p=0.1")
     assert refused.returncode == 2
     assert refused.stdout == ""
-    assert "family llada (masked-diffusion language model)" in refused.stderr
+    for flag in ("top_k=5", "min_p=0.1"):
+        expected = f"{flag} (command line): family llada (masked-diffusion language model) has no such option"
+        assert expected in refused.stderr
     assert "Traceback" not in refused.stderr
 
 

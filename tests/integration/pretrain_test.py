@@ -134,8 +134,8 @@ def test_samples_from_a_run(corpus: Corpus, tmp_path: Path) -> None:
     command = ("launchers/generate.py", "--checkpoint", str(tmp_path), "--prompt", "def read(", "--max_new_tokens=8")
     first, second = run_program(*command), run_program(*command)
     assert first.returncode == 0, first.stderr
-    assert first.stdout.startswith("def read(")
-    assert len(first.stdout) > len("def read(\n")
+    assert len(first.stdout) > 1
+    assert "def read(" not in first.stdout, "the answer alone"
     assert first.stdout == second.stdout
 
 

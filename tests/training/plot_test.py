@@ -45,3 +45,21 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert main([str(run), "--x", "steps"]) == 0
     assert capsys.readouterr().out.strip() == str(run / "loss.png")
     assert (run / "loss.png").exists()
+
+
+def test_the_guards_marks_and_spikes_leave_the_curve_readable(tmp_path: Path) -> None:
+    plain, healed = write_run(tmp_path / "plain"), write_run(tmp_path / "healed")
+    events = [
+        {"step": 7, "action": "skip"},
+        {"step": 9, "action": "rollback", "abandoned": [[5, 2.0], [6, 1e6], [7, 1.9]]},
+    ]
+    (healed / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    lines = (healed / "metrics.jsonl").read_text().splitlines()
+    lines[10] = json.dumps(json.loads(lines[10]) | {"loss": 5e4})
+    (healed / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    pictures = [image.imread(draw_runs([run], run / "loss.png", x="steps")) for run in (plain, healed)]
+    assert not (pictures[0] == pictures[1]).all()
+    # The curve falls from 9 to under 1: were the spike's axis kept, it would lie in the lowest row of pixels.
+    blue = (pictures[1][..., 2] > 0.6) & (pictures[1][..., 0] < 0.3)
+    rows = blue.any(axis=1).nonzero()[0]
+    assert rows.max() - rows.min() > 0.4 * pictures[1].shape[0]

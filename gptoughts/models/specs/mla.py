@@ -9,8 +9,8 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import MLATransformerConfig
 
-from gptoughts.models.attention import MLASelfAttention
 from gptoughts.models.context_attention import context_parallel
+from gptoughts.models.latent_attention import MLASelfAttention
 from gptoughts.models.specs.backends import SpecBackend, select_backend
 from gptoughts.models.specs.dense import decoder_block, decoder_layer
 

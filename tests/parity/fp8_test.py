@@ -1,0 +1,203 @@
+"""FP8 in every layout: histories and scales of one rank, in checkpoints, after a resume, after resharding."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from gptoughts.checkpoint import layout as checkpoint_layout
+from gptoughts.checkpoint.portable import BUFFER, CheckpointReader
+from tests.distributed import run_distributed
+from tests.harness import Layout, ToyRun, run_layout
+from tests.models.families_test import resume_in_the_middle
+
+FP8 = ("--use_fp8=true", "--fp8.backend=emulated", "--fp8.amax_history_len=16")
+STAGES_LOSS_RELATIVE = 1e-5
+TENSOR_STEP_1_AMAX_RELATIVE = 1e-5
+TENSOR_LOSS_RELATIVE = 1e-2
+REPLICAS_LOSS_RELATIVE = 1e-2
+
+Run = tuple[list[dict[str, Any]], Path]
+
+
+def train(family: str, layout: Layout, folder: Path, steps: int, save_at: tuple[int, ...]) -> Run:
+    histories = run_distributed(run_layout, layout.world_size, family, layout, str(folder), steps, save_at)
+    return histories[0], folder / "run"
+
+
+def scaling_state(run: Path, step: int) -> dict[str, Tensor]:
+    reader = CheckpointReader(checkpoint_layout.step_folder(run, step))
+    return {name: reader.full(name, BUFFER) for name in reader.names(BUFFER) if ".fp8." in name}
+
+
+def losses(history: list[dict[str, Any]]) -> list[float]:
+    return [step["loss"] for step in history]
+
+
+STAGES = [
+    ("gpt", Layout(pipeline=2, accumulation=4, layers=4, extra=FP8)),
+    ("gpt", Layout(pipeline=2, virtual=2, zero=1, accumulation=4, layers=4, precision="bf16", extra=FP8)),
+    ("mla", Layout(pipeline=2, zero=3, accumulation=4, layers=4, extra=FP8)),
+    ("deepseek", Layout(pipeline=2, accumulation=4, layers=4, extra=FP8)),
+    ("llada", Layout(pipeline=2, accumulation=4, layers=4, precision="bf16", extra=FP8)),
+    ("llada-moe", Layout(pipeline=2, zero=3, accumulation=4, layers=4, extra=FP8)),
+]
+
+
+@pytest.mark.parametrize(
+    ("family", "layout"),
+    [
+        pytest.param(*case, id=f"{case[0]}-{case[1]}", marks=() if index < 1 else pytest.mark.slow)
+        for index, case in enumerate(STAGES)
+    ],
+)
+def test_pipeline_stages_have_the_histories_of_one_rank_to_the_bit(family: str, layout: Layout, tmp_path: Path) -> None:
+    one_rank = Layout(
+        zero=layout.zero, accumulation=layout.accumulation, layers=layout.layers, precision=layout.precision, extra=FP8
+    )
+    found, found_run = train(family, layout, tmp_path / "stages", 6, (6,))
+    expected, expected_run = train(family, one_rank, tmp_path / "one", 6, (6,))
+    assert losses(found) == pytest.approx(losses(expected), rel=STAGES_LOSS_RELATIVE)
+    there, here = scaling_state(expected_run, 6), scaling_state(found_run, 6)
+    assert here.keys() == there.keys()
+    assert len(here) >= 4 * 4 * layout.layers
+    for name, tensor in there.items():
+        assert torch.equal(here[name], tensor), name
+
+
+TENSOR = [
+    ("gpt", Layout(tensor=2, extra=FP8)),
+    ("gpt", Layout(tensor=2, sequence=True, zero=3, precision="bf16", extra=FP8)),
+    ("mla", Layout(tensor=2, sequence=True, extra=FP8)),
+    ("deepseek", Layout(tensor=2, sequence=True, zero=3, extra=FP8)),
+    ("llada-moe", Layout(tensor=2, extra=FP8)),
+]
+
+
+@pytest.mark.parametrize(
+    ("family", "layout"),
+    [
+        pytest.param(*case, id=f"{case[0]}-{case[1]}", marks=() if index < 1 else pytest.mark.slow)
+        for index, case in enumerate(TENSOR)
+    ],
+)
+def test_tensor_parallel_ranks_have_the_magnitudes_of_one_rank(family: str, layout: Layout, tmp_path: Path) -> None:
+    """Step 1 sees the same tensors but for the order of sums; later ones differ where that moves a rounding."""
+    found, found_run = train(family, layout, tmp_path / "tensor", 50, (1,))
+    expected, expected_run = train(family, Layout(precision=layout.precision, extra=FP8), tmp_path / "one", 50, (1,))
+    assert losses(found) == pytest.approx(losses(expected), rel=TENSOR_LOSS_RELATIVE)
+    there, here = scaling_state(expected_run, 1), scaling_state(found_run, 1)
+    assert here.keys() == there.keys()
+    if layout.precision == "fp32":
+        for name, tensor in there.items():
+            torch.testing.assert_close(here[name], tensor, rtol=TENSOR_STEP_1_AMAX_RELATIVE, atol=0, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("family", "layout"),
+    [
+        pytest.param("gpt", Layout(data=2, zero=3, precision="bf16", extra=FP8), id="gpt"),
+        pytest.param("mla", Layout(data=2, zero=3, accumulation=2, extra=FP8), id="mla", marks=pytest.mark.slow),
+        pytest.param("deepseek", Layout(data=2, expert=2, zero=3, extra=FP8), id="deepseek-ep2"),
+        pytest.param("deepseek", Layout(data=2, zero=2, extra=FP8), id="deepseek", marks=pytest.mark.slow),
+    ],
+)
+def test_replicas_share_their_scales(family: str, layout: Layout, tmp_path: Path) -> None:
+    """The maximum over replicas is the one over the whole batch; what each rounds is its own part of it."""
+    found, found_run = train(family, layout, tmp_path / "replicas", 20, (1,))
+    expected, expected_run = train(
+        family, Layout(accumulation=layout.accumulation, precision=layout.precision, extra=FP8), tmp_path / "one", 20,
+        (1,),
+    )  # fmt: skip
+    assert losses(found) == pytest.approx(losses(expected), rel=REPLICAS_LOSS_RELATIVE)
+    there, here = scaling_state(expected_run, 1), scaling_state(found_run, 1)
+    assert here.keys() == there.keys()
+    for name, tensor in there.items():
+        if "fwd" in name:  # a replica's gradients are twice those of the whole: a mean over ranks follows
+            torch.testing.assert_close(here[name], tensor, rtol=2e-2 if layout.precision == "bf16" else 1e-4, atol=0)
+
+
+RESUMES = [
+    ("gpt", Layout(data=2, zero=3, precision="bf16", accumulation=2, extra=FP8)),
+    ("deepseek", Layout(data=2, expert=2, zero=3, extra=FP8)),
+    ("mla", Layout(pipeline=2, zero=1, accumulation=2, precision="bf16", extra=FP8)),
+    ("llada", Layout(tensor=2, sequence=True, extra=FP8)),
+]
+
+
+@pytest.mark.parametrize(
+    ("family", "layout"),
+    [
+        pytest.param(*case, id=f"{case[0]}-{case[1]}", marks=() if index < 1 else pytest.mark.slow)
+        for index, case in enumerate(RESUMES)
+    ],
+)
+def test_resume_is_bitwise_equal_with_the_state_of_fp8(family: str, layout: Layout, tmp_path: Path) -> None:
+    for expected, found, is_equal in run_distributed(
+        resume_in_the_middle, layout.world_size, family, layout, str(tmp_path)
+    ):
+        assert found == expected
+        assert is_equal
+
+
+def resumed_state(family: str, layout: Layout, folder: str) -> dict[str, Tensor]:
+    """Histories and scales on this rank after the run in ``folder`` was read."""
+    run = ToyRun(family, layout, Path(folder))
+    run.resume()
+    found = {f.name: f.tensor.view(f.shard_shape).clone() for f in run.engine.state_fragments() if ".fp8." in f.name}
+    list(run.train(1))
+    run.close()
+    return found
+
+
+@pytest.mark.parametrize(
+    ("family", "before", "after"),
+    [
+        pytest.param(
+            "deepseek", Layout(data=2, expert=2, zero=3, layers=4, extra=FP8),
+            Layout(pipeline=2, zero=1, accumulation=2, layers=4, extra=FP8), id="ep2-to-pp2",
+        ),
+        pytest.param(
+            "gpt", Layout(pipeline=2, zero=3, accumulation=2, layers=4, extra=FP8),
+            Layout(tensor=2, layers=4, extra=FP8), id="pp2-to-tp2", marks=pytest.mark.slow,
+        ),
+    ],
+)  # fmt: skip
+def test_resharding_keeps_the_state(family: str, before: Layout, after: Layout, tmp_path: Path) -> None:
+    _, run = train(family, before, tmp_path, 2, (2,))
+    saved = scaling_state(run, 2)
+    everyone = run_distributed(resumed_state, after.world_size, family, after, str(tmp_path))
+    seen: set[str] = set()
+    for found in everyone:
+        seen |= found.keys()
+        for name, tensor in found.items():
+            assert torch.equal(tensor, saved[name]), name
+    assert seen == saved.keys()
+
+
+def switch(family: str, folder: str) -> tuple[list[float], dict[str, Tensor]]:
+    """A run that begins in bf16, goes on in FP8 and ends in bf16, each from the checkpoint before."""
+    found = []
+    for extra in ((), FP8, ()):
+        run = ToyRun(family, Layout(precision="bf16", extra=extra), Path(folder))
+        if run.manager.find("auto") is not None:
+            run.resume()
+            if extra:
+                start = {f.name: f.tensor.clone() for f in run.engine.state_fragments() if ".fp8." in f.name}
+        found += [result.loss for result in run.train(3)]
+        run.save()
+        run.close()
+    return found, start
+
+
+def test_a_run_goes_on_with_fp8_and_without_it(tmp_path: Path) -> None:
+    ((found, start),) = run_distributed(switch, 1, "mla", str(tmp_path))
+    assert len(found) == 9
+    assert found[-1] < 0.95 * found[0]
+    assert start
+    for name, tensor in start.items():
+        assert (tensor == (0.0 if "history" in name else 1.0)).all(), name
