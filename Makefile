@@ -19,6 +19,9 @@ RUN         ?= runs/$(MODEL_TYPE)-$(SIZE)
 DS_CONFIG   ?= ds_configs/zero3.json
 PROMPT      ?= def read_lines(path):
 ARGS        ?=
+# Tests run in this many processes; each keeps pools of up to four ranks, about 6 GB in all.
+TEST_WORKERS ?= 2
+PYTEST      = $(BIN)/python -m pytest -q -n $(TEST_WORKERS) --dist worksteal
 VOCAB_SIZE  ?= 8192
 CORPUS      ?= data_cache/stdlib-$(VOCAB_SIZE)
 
@@ -74,10 +77,10 @@ plot: $(INSTALLED)  ## draw the loss curve of RUN
 	$(BIN)/python tools/plot_run.py $(RUN)
 
 test: $(DEV)  ## all tests but the slow ones
-	$(BIN)/python -m pytest -q -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-all: $(DEV)  ## all tests
-	$(BIN)/python -m pytest -q
+	$(PYTEST)
 
 check: $(DEV)  ## linters and types
 	$(BIN)/ruff check .

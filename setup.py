@@ -33,13 +33,14 @@ setup(
         "mpi": ["mpi4py"],
         "wandb": ["wandb"],
         "tensorboard": ["tensorboard"],
-        "eval": ["lm-eval"],
-        "dev": ["pytest", "ruff", "mypy", "types-PyYAML", "tensorboard"],
+        "eval": ["lm-eval>=0.4.13"],
+        "dev": ["pytest", "pytest-xdist", "ruff", "mypy", "types-PyYAML", "tensorboard"],
     },
     entry_points={
         "console_scripts": [
             "gptoughts-pretrain=gptoughts.training.console:pretrain",
             "gptoughts-generate=gptoughts.training.console:generate",
+            "gptoughts-evaluate=gptoughts.training.console:evaluate",
             "gptoughts-preprocess-data=gptoughts.training.console:preprocess_data",
             "gptoughts-train-tokenizer=gptoughts.training.console:train_tokenizer",
             "gptoughts-fp8-report=gptoughts.training.console:fp8_report",

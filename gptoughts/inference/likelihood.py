@@ -23,6 +23,7 @@ def build_scorer(
     batch_size: int,
     diffusion: LikelihoodOptions | None = None,
     checks_greedy: bool = True,
+    context_tokens: int | None = None,
 ) -> LikelihoodScorer:
     """What scores requests with a model of any family.
 
@@ -32,6 +33,7 @@ def build_scorer(
         batch_size: Sequences of the whole context that go through it together; of shorter ones there are more.
         diffusion: For masked diffusion; unset: the defaults.
         checks_greedy: Whether ``Likelihood.is_greedy`` is wanted; for masked diffusion it costs further forwards.
+        context_tokens: Longest sequence that the model may see; unset: that of its training.
     Raises:
         ConfigError: options that cannot be, or that the family does not have.
     """
@@ -45,7 +47,7 @@ def build_scorer(
             )
     if problems:
         raise ConfigError(problems)
-    context_tokens = config.block_size or shape.seq_length
+    context_tokens = context_tokens or config.block_size or shape.seq_length
     rows = RowScorer(
         model,
         num_entries=shape.vocab_size,

@@ -1,6 +1,7 @@
 """Models ready to be run, from a checkpoint of any layout or a Hugging Face folder, on one rank or several.
 
-The world that a launcher started is one tensor-parallel group: each rank holds its part of every layer.
+The world that a launcher started is one tensor-parallel group, unless said otherwise: each rank holds its part of every
+layer.
 """
 
 from __future__ import annotations
@@ -46,12 +47,13 @@ class LoadedModel:
         return self.config.block_size or self.config.model.seq_length
 
 
-def load_model(path: Path, *, dtype: torch.dtype | None = None) -> LoadedModel:
+def load_model(path: Path, *, dtype: torch.dtype | None = None, tensor_size: int | None = None) -> LoadedModel:
     """Read a run's newest checkpoint, the one at ``path``, or a Hugging Face folder.
 
     Args:
         path: Where it is.
         dtype: Of the weights; unset: bf16 on CUDA, fp32 on a CPU.
+        tensor_size: Ranks that divide each layer; what they leave of the world are replicas. Unset: the whole world.
 
     Raises:
         CheckpointError: there is none, a file is damaged, names and shapes are not those of its configuration, or it
@@ -60,7 +62,8 @@ def load_model(path: Path, *, dtype: torch.dtype | None = None) -> LoadedModel:
         DataError: its tokenizer is unreadable.
     Collective: every rank of the world; makes its groups.
     """
-    tensor_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if tensor_size is None:
+        tensor_size = int(os.environ.get("WORLD_SIZE", "1"))
     folder = path if is_huggingface(path) else layout.locate(path)
     if not (folder / layout.TOKENIZER).is_file():
         raise CheckpointError(f"{folder}: carries no {layout.TOKENIZER}, so prompts cannot be read")

@@ -25,7 +25,7 @@ from torch.nn import Parameter
 
 from gptoughts.models.fp8_experts import fp8_swiglu
 from gptoughts.platform import device
-from gptoughts.platform.matrix_product import linear, matmul, weight_gradient
+from gptoughts.platform.matrix_product import linear, matmul, padded_rows, weight_gradient
 from gptoughts.precision.fp8_recipe import DelayedScaling
 from gptoughts.precision.scaling_state import ScalingState
 
@@ -124,7 +124,7 @@ def _products(rows: Tensor, weights: Tensor, counts: list[int], *, transposed: b
     out = rows.new_empty(rows.size(0), weights.size(1 if transposed else 2))
     slices = zip(rows.split(counts), weights, out.split(counts), strict=True)
     for part, weight, target in slices:
-        target.copy_((linear if transposed else matmul)(part, weight))
+        target.copy_((linear if transposed else matmul)(padded_rows(part), weight)[: part.size(0)])
     return out
 
 
@@ -132,7 +132,7 @@ def _weight_gradients(outputs: Tensor, inputs: Tensor, like: Tensor, counts: lis
     """Per expert outputs^T inputs, [e, ...]; 0 where it has no token."""
     gradient = torch.empty_like(like)
     for out, part, target in zip(outputs.split(counts), inputs.split(counts), gradient, strict=True):
-        target.copy_(weight_gradient(out, part))
+        target.copy_(weight_gradient(padded_rows(out), padded_rows(part)))
     return gradient
 
 

@@ -20,6 +20,7 @@ _OPTIONAL_PACKAGES = {
     "transformer-engine": "fused layers and FP8 on GPUs of compute capability 8.9 or newer",
     "apex": "nothing that this project needs: megatron-core falls back to torch",
     "mpi4py": "nothing yet: ranks find each other through the environment of a launcher (deepspeed, torchrun)",
+    "lm-eval": "launchers/evaluate.py --tasks: the lm-evaluation-harness (pip install -e '.[eval]')",
     "wandb": "the JSON's wandb monitor",
     "tensorboard": "the JSON's tensorboard monitor",
 }

@@ -21,6 +21,13 @@ def generate() -> NoReturn:
     run_main(main)
 
 
+def evaluate() -> NoReturn:
+    """``launchers/evaluate.py``."""
+    from gptoughts.inference.evaluate import main
+
+    run_main(main)
+
+
 def preprocess_data() -> NoReturn:
     """``tools/preprocess_data.py``."""
     from gptoughts.data.preprocess import main

@@ -69,7 +69,8 @@ def _consequence(event: Mapping[str, Any]) -> str:
     target = event.get("went_back_to")
     back = f"back to step {target['step']} ({target['source']})" if target else "nothing to go back to"
     if action == "fallback":
-        return f"{back}, {len(event['left_fp8'])} products leave FP8 ({', '.join(event['left_fp8'][:4])}, ...)"
+        left = event["left_fp8"]
+        return f"{back}, {len(left)} products leave FP8 ({', '.join(left[:4])}{', ...' if len(left) > 4 else ''})"
     if action == "cut_lr":
         return f"{back}, learning rate x {event['lr_factor']:g} until step {event['lr_cut_until_step']}"
     return f"{back}, stopped" if action == "stop" else back

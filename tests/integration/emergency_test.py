@@ -142,7 +142,6 @@ def test_the_scripts_print_what_they_would_run(failed: Path, corpus: Corpus) -> 
     assert done.returncode == 0, done.stderr
     assert shlex.split(done.stdout.splitlines()[-1])[1] == emergency.LAUNCHER
     assert "gradients clipped at" in done.stdout
-    assert "to go on: " in script("optimize_nan", str(failed)).stdout
     out = str(failed.with_name("simplified"))
     done = script("train_simplified", "debug", "2", "64", out, "false", DATA=str(corpus.prefix), DRY_RUN="1")
     assert done.returncode == 0, done.stderr

@@ -57,6 +57,21 @@ def test_leading_dimensions_and_bf16() -> None:
     assert torch.equal(matrix_product.linear(low, low_weight), torch.nn.functional.linear(low, low_weight))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_padding_changes_no_product(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(matrix_product, "is_onednn_wider", lambda: True)
+    rows, weight, grad = (torch.randn(n, m).to(dtype) for n, m in ((37, 64), (96, 64), (37, 96)))
+    padded, padded_grad = matrix_product.padded_rows(rows), matrix_product.padded_rows(grad)
+    assert padded.shape == (64, 64)
+    assert matrix_product.padded_rows(padded) is padded
+    tolerance = 1e-4 if dtype is torch.float32 else 0.25
+    for got, expected in (
+        (matrix_product.linear(padded, weight)[:37], rows.double() @ weight.double().t()),
+        (matrix_product.weight_gradient(padded_grad, padded), grad.double().t() @ rows.double()),
+    ):
+        torch.testing.assert_close(got.double(), expected, rtol=0, atol=tolerance)
+
+
 def test_processor_is_known_here_or_torch_decides(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
     assert not matrix_product.is_onednn_wider.__wrapped__()

@@ -1,0 +1,7 @@
+"""Measure how well a model predicts texts; see ``gptoughts.inference.evaluate``."""
+
+from gptoughts.errors import run_main
+from gptoughts.inference.evaluate import main
+
+if __name__ == "__main__":
+    run_main(main)
