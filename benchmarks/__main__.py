@@ -7,7 +7,7 @@ import sys
 
 ALL = (
     "startup", "preprocess", "model_step", "train_step", "moe_step", "masked_head", "context", "diffusion",
-    "checkpoint", "guard", "plan", "fp8_step", "fp8_quality",
+    "checkpoint", "guard", "plan", "decode", "fp8_step", "fp8_quality",
 )  # fmt: skip
 
 

@@ -24,6 +24,7 @@ from torch import Tensor
 from gptoughts.inference.sampling import Sampler
 from gptoughts.inference.sampling_options import SamplingOptions
 from gptoughts.inference.text_stream import TextStream
+from gptoughts.models.decode_step import DecodeStep, is_decodable, lay_out_for_decoding
 from gptoughts.models.kv_cache import CacheWindow, KVCache, cached_states
 from gptoughts.parallel import groups
 
@@ -95,6 +96,11 @@ class BatchGenerator:
         self.end_ids = frozenset(end_ids)
         self.prefill_tokens = prefill_tokens
         self.cache = KVCache.of_model(model, rows=rows, places=context_tokens)
+        self.decode_step: DecodeStep | None = None
+        """Stands for a forward of one token per row where it knows the model."""
+        if is_decodable(model):
+            lay_out_for_decoding(model)
+            self.decode_step = DecodeStep(model)
         self.running: list[Request] = []
         """By row."""
 
@@ -145,9 +151,12 @@ class BatchGenerator:
 
     def _step(self) -> list[NewText]:
         """One token for every running request."""
-        tokens = [[request.new_ids[-1]] for request in self.running]
+        tokens = [request.new_ids[-1] for request in self.running]
         starts = [request.num_tokens - 1 for request in self.running]
-        states = self._forward(tokens, starts, 0)
+        if self.decode_step is not None:
+            states = self.decode_step.states(tokens, starts, self.cache)[None]
+        else:
+            states = self._forward([[token] for token in tokens], starts, 0)
         return self._advance(self.model.logits(states)[0], list(self.running))
 
     def _forward(self, tokens: Sequence[list[int]], starts: Sequence[int], first_row: int) -> Tensor:

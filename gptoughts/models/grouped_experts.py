@@ -124,7 +124,8 @@ def _products(rows: Tensor, weights: Tensor, counts: list[int], *, transposed: b
     out = rows.new_empty(rows.size(0), weights.size(1 if transposed else 2))
     slices = zip(rows.split(counts), weights, out.split(counts), strict=True)
     for part, weight, target in slices:
-        target.copy_((linear if transposed else matmul)(padded_rows(part), weight)[: part.size(0)])
+        if part.size(0):
+            target.copy_((linear if transposed else matmul)(padded_rows(part), weight)[: part.size(0)])
     return out
 
 

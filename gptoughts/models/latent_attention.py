@@ -29,6 +29,7 @@ from megatron.core.transformer.multi_latent_attention import MLASelfAttentionSub
 from torch import Tensor
 
 from gptoughts.models.attention import CoreCall, refuse_options
+from gptoughts.models.core_attention import attend_heads
 from gptoughts.models.recompute import RemadeOutputs, run_again
 from gptoughts.models.rotary import rotate
 
@@ -173,10 +174,12 @@ class MLASelfAttention(CoreCall, UpstreamMLASelfAttention):
         heads = query.permute(2, 0, 1, 3).reshape(np, s * b, -1)
         absorbed = torch.cat((heads[..., :head_dim] @ key_up, heads[..., head_dim:]), dim=-1)
         rows = absorbed.view(np, s, b, -1).permute(2, 0, 1, 3).reshape(b, np * s, -1)
-        scores = (rows @ kept.transpose(1, 2)).float().mul_(self.softmax_scale)
-        if is_visible is not None:
-            scores.view(b, np, s, -1).masked_fill_(~is_visible, float("-inf"))
-        found = scores.softmax(dim=-1).to(kept.dtype) @ kept[..., :rank]
+        if is_visible is not None and s > 1:
+            is_visible = is_visible.expand(b, 1, s, -1).repeat(1, 1, np, 1)
+        # Values with the rotary columns still on: so the kernel for equal widths runs, and nothing is copied.
+        rows, kept = rows.unsqueeze(1), kept.unsqueeze(1)
+        found = attend_heads(rows, kept, kept, mask=is_visible, is_causal=False, scale=self.softmax_scale)
+        found = found[..., :rank]
         found = found.view(b, np, s, rank).permute(1, 2, 0, 3).reshape(np, s * b, rank)
         return (found @ value_up.transpose(1, 2)).view(np, s, b, -1).permute(1, 2, 0, 3).reshape(s, b, -1)
 

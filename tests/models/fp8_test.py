@@ -214,7 +214,7 @@ def test_conversion_to_bf16_does_not_round_the_state(start) -> None:
     ("family", "flags"),
     [
         ("gpt", ("--parallel.recompute_granularity=full",)),
-        ("deepseek", ("--parallel.recompute_granularity=selective", "--parallel.recompute_modules", "mlp", "moe")),
+        ("deepseek", ("--parallel.recompute_granularity=selective", "--parallel.recompute_modules=mlp,moe")),
     ],
 )
 def test_recompute_changes_neither_losses_nor_the_state(start, family: str, flags: tuple[str, ...]) -> None:

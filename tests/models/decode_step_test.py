@@ -1,0 +1,91 @@
+"""A token through a decoder in few operations, beside its modules."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from gptoughts.models.decode_step import DecodeStep, is_decodable, lay_out_for_decoding
+from gptoughts.models.kv_cache import CacheWindow, KVCache, cached_states
+from tests.distributed import run_distributed
+from tests.models.kv_cache_test import LENGTHS, PLACES, TOLERANCE, build, error, rows
+
+PREFIX = 9
+
+
+@torch.inference_mode()
+def step_beside_modules(name: str, ragged: bool) -> tuple[float, float]:
+    """Errors of states over three steps, and of what is kept at the end."""
+    model = build(name, **({"q_lora_rank": None} if name == "mla" and ragged else {}))
+    assert is_decodable(model)
+    tokens = rows()
+    caches = [KVCache.of_model(model, rows=len(LENGTHS), places=PLACES) for _ in range(2)]
+    for cache in caches:
+        cached_states(model, tokens[:, :PREFIX], CacheWindow.looking_back(cache, [0] * len(LENGTHS), PREFIX))
+    starts = [PREFIX - row * int(ragged) for row in range(len(LENGTHS))]
+    expected, found = [], []
+    for number in range(3):
+        now = [start + number for start in starts]
+        window = CacheWindow.looking_back(caches[0], now, 1)
+        expected.append(cached_states(model, tokens[:, number : number + 1], window)[0])
+    lay_out_for_decoding(model)
+    step = DecodeStep(model)
+    for number in range(3):
+        now = [start + number for start in starts]
+        found.append(step.states(tokens[:, number].tolist(), now, caches[1]))
+    states = error(torch.stack(found), torch.stack(expected))
+    layers = zip(caches[0].kept, caches[1].kept, strict=True)
+    kept = max(error(a, b) for one, other in layers for a, b in zip(one, other, strict=True))
+    return states, kept
+
+
+@pytest.mark.parametrize("ragged", [False, True])
+@pytest.mark.parametrize("name", ["gpt", "mla", "deepseek"])
+def test_a_step_equals_the_modules(name: str, ragged: bool) -> None:
+    (errors,) = run_distributed(step_beside_modules, 1, name, ragged)
+    assert max(errors) < TOLERANCE
+
+
+@torch.inference_mode()
+def layout_beside_layout() -> float:
+    model = build("mla")
+    before = model(rows())
+    lay_out_for_decoding(model)
+    assert model.output_layer.weight.stride() == (1, 128), "by input"
+    return error(model(rows()), before)
+
+
+def test_another_layout_of_matrices_changes_nothing() -> None:
+    (difference,) = run_distributed(layout_beside_layout, 1)
+    assert difference < TOLERANCE
+
+
+@torch.inference_mode()
+def experts_read() -> tuple[list[int], list[int]]:
+    """Experts that a step chose, and those whose matrices it used."""
+    from unittest.mock import patch
+
+    from gptoughts.models import decode_step
+
+    model = build("deepseek")
+    cache = KVCache.of_model(model, rows=1, places=PLACES)
+    mixture = model.decoder.layers[1].mlp
+    chosen: list[int] = []
+    mixture.router.register_forward_hook(lambda module, given, result: chosen.extend(result[1].flatten().tolist()))
+    places = {mixture.experts.linear_fc1_weight[e].data_ptr(): e for e in range(6)}
+    used: list[int] = []
+    linear = decode_step.F.linear
+
+    def watched(x: torch.Tensor, weight: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
+        used.extend([places[weight.data_ptr()]] if weight.data_ptr() in places else [])
+        return linear(x, weight, *rest)
+
+    with patch.object(decode_step.F, "linear", watched):
+        DecodeStep(model).states([5], [0], cache)
+    return sorted(chosen), sorted(used)
+
+
+def test_only_chosen_experts_are_computed() -> None:
+    ((chosen, used),) = run_distributed(experts_read, 1)
+    assert len(chosen) == 2
+    assert used == chosen
