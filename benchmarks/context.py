@@ -3,8 +3,9 @@
     python -m benchmarks.context --sequence 8192
 
 Forward and backward of the bare model, two cores in all: one rank with two threads; two data-parallel ranks with a
-thread and a sequence each; two context-parallel ranks with a thread and half a sequence each. Bytes are the storages
-that the graph keeps at the end of the forward pass, weights not counted, beside those that the planner predicts.
+thread and a sequence each; two context-parallel ranks with a thread and half a sequence each, by either method. Bytes
+are the storages that the graph keeps at the end of the forward pass, weights not counted, beside those that the planner
+predicts.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import tempfile
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -24,7 +25,8 @@ import torch.multiprocessing as mp
 from gptoughts.config.experiment import ExperimentConfig, ParallelConfig, TrainConfig
 from gptoughts.models.registry import FAMILIES
 from gptoughts.parallel import groups
-from gptoughts.planning.activations import microbatch, stage_activation_bytes
+from gptoughts.planning.activations import stage_activation_bytes
+from gptoughts.planning.layers import microbatch
 
 MIB = 2**20
 
@@ -35,6 +37,7 @@ class Contestant:
     world_size: int
     context: int
     threads: int
+    method: Literal["ulysses", "ring"] = "ulysses"
 
     @property
     def sequences(self) -> int:
@@ -45,7 +48,8 @@ class Contestant:
 CONTESTANTS = (
     Contestant("one rank, two threads", 1, 1, 2),
     Contestant("two data-parallel ranks", 2, 1, 1),
-    Contestant("two context-parallel ranks", 2, 2, 1),
+    Contestant("two context ranks, ulysses", 2, 2, 1),
+    Contestant("two context ranks, ring", 2, 2, 1, "ring"),
 )
 
 
@@ -57,7 +61,7 @@ def experiment(family: str, contestant: Contestant, sequence: int) -> Experiment
         batch_size=1,
         block_size=sequence,
         model=model,
-        parallel=ParallelConfig(context=contestant.context),
+        parallel=ParallelConfig(context=contestant.context, context_method=contestant.method),
         train=TrainConfig(precision="fp32"),
     )
 

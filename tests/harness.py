@@ -49,6 +49,7 @@ class Layout:
     """One matrix for embedding and output layer."""
     extra: tuple[str, ...] = field(default=())
     context: int = 1
+    context_method: str = "ulysses"
 
     @property
     def world_size(self) -> int:
@@ -58,7 +59,7 @@ class Layout:
         pipeline = f"-pp{self.pipeline}" if self.pipeline > 1 else ""
         virtual = f"-vpp{self.virtual}" if self.virtual > 1 else ""
         expert = f"-ep{self.expert}" if self.expert > 1 else ""
-        context = f"-cp{self.context}" if self.context > 1 else ""
+        context = f"-cp{self.context}{'ring' if self.context_method == 'ring' else ''}" if self.context > 1 else ""
         name = f"tp{self.tensor}{'sp' if self.sequence else ''}{pipeline}{virtual}{context}-dp{self.data}{expert}"
         name = f"{name}-zero{self.zero}-acc{self.accumulation}{'-tied' if self.tied else ''}"
         return name if self.precision == "fp32" else f"{name}-{self.precision}"
@@ -83,7 +84,7 @@ def toy_experiment(family: str, layout: Layout, folder: Path, *, steps: int = 20
         "--optim.eps=1e-4", "--optim.warmup_steps=5", f"--parallel.tensor={layout.tensor}",
         f"--parallel.sequence={str(layout.sequence).lower()}", f"--parallel.pipeline={layout.pipeline}",
         f"--parallel.virtual_pipeline={layout.virtual}", f"--parallel.expert={layout.expert}",
-        f"--parallel.context={layout.context}",
+        f"--parallel.context={layout.context}", f"--parallel.context_method={layout.context_method}",
         f"--model.untie_embeddings_and_output_weights={is_untied}",
         "--grad_clip=0", *layout.extra,
     ]  # fmt: skip

@@ -243,9 +243,10 @@ class CheckpointManager:
             lambda fragment: reader.fragment(fragment, tensor_rank=tensor_rank, tensor_size=tensor_size),
             state["engine"],
         )
-        # Checkpoints of earlier versions do not say their layout.
+        # Checkpoints of earlier versions do not say their layout, or not whether sequences were divided.
         same_world = reader.manifest["world_size"] == dist.get_world_size()
-        if same_world and reader.manifest.get("layout", groups.layout()) == groups.layout():
+        written_by = {"context": 1, **reader.manifest.get("layout", groups.layout())}
+        if same_world and written_by == groups.layout():
             states = reader.rng(dist.get_rank())
             if states:  # one that was divided anew has none
                 random_state.restore(states)

@@ -29,8 +29,10 @@ class ParallelConfig:
     expert: int = 1
     """Data-parallel ranks that share each layer's routed experts (expert parallelism; needs a model with experts)."""
     context: int = 1
-    """Ranks that share each sequence, a run of consecutive tokens each (context parallelism); attention exchanges heads
-    for tokens, so that num_attention_heads / tensor has to be a multiple."""
+    """Ranks that share each sequence (context parallelism)."""
+    context_method: Literal["ulysses", "ring"] = "ulysses"
+    """What they send each other in attention: ulysses exchanges heads for tokens, so that num_attention_heads / tensor
+    has to be a multiple of context; ring hands keys and values round, with any number of heads."""
     sequence: bool = False
     """Shard norms and residuals over the tensor-parallel ranks along the sequence (needs tensor > 1)."""
     recompute_granularity: Literal["none", "full", "selective"] = "none"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from gptoughts.config.experiment import ExperimentConfig
+from gptoughts.config.experiment import ExperimentConfig, ParallelConfig
 from gptoughts.config.options import LARGEST
 from gptoughts.config.pipeline import pipeline_problems, stage_layers
 from gptoughts.config.recompute import recompute_problems
@@ -146,6 +146,9 @@ def _parallel_problems(
             problems.append(f"{sequence_is}: shards over tensor-parallel ranks; needs parallel.tensor of 2 or more")
         elif context == 1 and (config.block_size or 0) % tensor:
             problems.append(f"{sequence_is}: block_size={config.block_size} is not divisible by {tensor_is}")
+    if context == 1 and config.parallel.context_method != ParallelConfig.context_method:
+        method_is = f"parallel.context_method={config.parallel.context_method} ({sources['parallel.context_method']})"
+        problems.append(f"{method_is}: is between ranks that share sequences; needs parallel.context of 2 or more")
     if context > 1:
         problems += [f"{context_is}: {problem}" for problem in _context_problems(config, is_model_sound=is_model_sound)]
     data_parallel_size = max(1, world_size // model_ranks)
@@ -157,18 +160,39 @@ def _context_problems(config: ExperimentConfig, *, is_model_sound: bool) -> list
     """Whatever forbids sequences divided over ``parallel.context`` ranks."""
     parallel, heads, length = config.parallel, config.model.num_attention_heads, config.block_size or 0
     context, tensor, problems = parallel.context, parallel.tensor, []
+    if parallel.context_method == "ring":
+        return _ring_problems(config)
     if is_model_sound and heads % tensor == 0 and heads // tensor % context:
         on_rank = heads // tensor
         divided = f"num_attention_heads={heads}"
         divided += f" / parallel.tensor={tensor}" if tensor > 1 else ""
         allowed = ", ".join(str(n) for n in range(1, on_rank + 1) if on_rank % n == 0)
         problems.append(
-            f"{divided} is not divisible by it: in attention each of these ranks has whole heads; allowed: {allowed}"
+            f"{divided} is not divisible by it: in attention each of these ranks has whole heads; allowed: {allowed}, "
+            "or --parallel.context_method ring"
         )
     if parallel.sequence and tensor > 1 and length % (context * tensor):
         problems.append(f"block_size={length} is not divisible by {context} x parallel.tensor={tensor} (sequence)")
     elif length % context:
         problems.append(f"block_size={length} is not divisible by it")
+    return problems
+
+
+def _ring_problems(config: ExperimentConfig) -> list[str]:
+    """Whatever forbids sequences whose keys and values go round."""
+    parallel, length, problems = config.parallel, config.block_size or 0, []
+    pieces = 2 * parallel.context
+    if length % pieces:
+        problems.append(f"block_size={length} is not divisible by {pieces}: with ring each rank has two pieces of it")
+    elif parallel.sequence and length // parallel.context % parallel.tensor:
+        problems.append(
+            f"block_size={length} is not divisible by {parallel.context} x parallel.tensor={parallel.tensor} (sequence)"
+        )
+    if config.model.attention_dropout > 0:
+        problems.append(
+            f"model.attention_dropout={config.model.attention_dropout}: ring draws no random numbers; set it to 0, or "
+            "--parallel.context_method ulysses"
+        )
     return problems
 
 

@@ -1,8 +1,8 @@
-"""Core attention of any backend over context-parallel ranks, each with all tokens of some of the heads.
+"""Core attention over context-parallel ranks: any backend's with all tokens of some of the heads, or a ring.
 
-Whatever the core attention can do with a whole sequence it can do here: any mask, packed sequences, heads of unequal
-sizes, its own kernels. Where there are fewer key and value heads than ranks, or no multiple of them, each is sent as
-often as it takes: lcm(ng, c) of them, a divisor of np because both are.
+Whatever a core attention can do with whole sequences it can do inside the exchange: any mask, packed sequences, heads
+of unequal sizes, its own kernels. Where there are fewer key and value heads than ranks, or no multiple of them, each is
+sent as often as it takes: lcm(ng, c) of them, a divisor of np because both are.
 
 Legend: s sequence, c context-parallel ranks, b microbatch, np heads and ng key/value heads on this tensor-parallel
 rank, hn head dim, t packed tokens.
@@ -17,6 +17,8 @@ from typing import Any
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
+from gptoughts.models.core_attention import SDPACoreAttention
+from gptoughts.models.ring_attention import RingAttention
 from gptoughts.parallel import groups
 from gptoughts.parallel.context import heads_to_tokens, tokens_to_heads
 
@@ -26,15 +28,23 @@ def key_value_heads(groups_on_rank: int, size: int) -> int:
     return math.lcm(groups_on_rank, size)
 
 
+def is_zigzag(config: TransformerConfig) -> bool:
+    """Whether a rank's tokens are two pieces of a sequence, for a ring (``parallel.context``)."""
+    return config.cp_comm_type == "p2p"
+
+
 def context_parallel(core_attention: type[nn.Module], config: TransformerConfig) -> type[nn.Module]:
-    """The class to put into a layer spec: ``core_attention`` itself, or with the exchange around it.
+    """The class to put into a layer spec: ``core_attention`` itself, with the exchange around it, or a ring.
 
     Args:
-        core_attention: A backend's; it is given a configuration without context parallelism and its part of the heads.
+        core_attention: A backend's; within the exchange it is given a configuration without context parallelism and its
+            part of the heads. Transformer Engine's is a ring by itself, of the same pieces (``is_zigzag``).
         config: megatron-core's configuration.
     """
     if config.context_parallel_size == 1:
         return core_attention
+    if is_zigzag(config):
+        return RingAttention if core_attention is SDPACoreAttention else core_attention
 
     class ContextParallelAttention(core_attention):  # type: ignore[misc,valid-type]
         def __init__(self, config: TransformerConfig, *args: Any, **options: Any) -> None:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from gptoughts.models import tiled_attention
 
-_CAUSAL_TYPES = frozenset({AttnMaskType.causal, AttnMaskType.padding_causal})
+CAUSAL_TYPES = frozenset({AttnMaskType.causal, AttnMaskType.padding_causal})
 
 
 class SDPACoreAttention(MegatronModule):
@@ -104,7 +104,7 @@ class SDPACoreAttention(MegatronModule):
         Returns:
             [s, b, np * hn_v]; packed [t, np * hn_v].
         """
-        is_causal = (attn_mask_type or self.attn_mask_type) in _CAUSAL_TYPES
+        is_causal = (attn_mask_type or self.attn_mask_type) in CAUSAL_TYPES
         is_packed = query.dim() == 3
         if is_packed:
             query, key, value = (x.unsqueeze(1) for x in (query, key, value))

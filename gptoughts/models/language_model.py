@@ -5,9 +5,7 @@ Legend: s sequence, b microbatch, h hidden, v vocabulary on this rank.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from typing import Any
+from contextlib import nullcontext
 
 import torch
 from megatron.core.models.gpt import GPTModel
@@ -22,6 +20,7 @@ from torch import Tensor
 
 from gptoughts.config.experiment import ExperimentConfig
 from gptoughts.models.construction import ConstructionContext
+from gptoughts.models.context_attention import is_zigzag
 from gptoughts.models.cross_entropy import cross_entropy
 from gptoughts.models.decoder_layer import recompute_whole_layers
 from gptoughts.models.embedding_copy import copy_of_embedding, lookup_in
@@ -30,7 +29,7 @@ from gptoughts.models.initialization import Gathered, initialize_parameters, kee
 from gptoughts.models.multi_token_prediction import MultiTokenInputs, MultiTokenPrediction
 from gptoughts.models.parameter_names import global_buffer_names, global_parameter_names
 from gptoughts.models.rotary import rotary_table
-from gptoughts.models.selection import own_selection
+from gptoughts.models.selection import given_whole_sequence, own_selection
 from gptoughts.parallel import groups
 from gptoughts.parallel.context import own_part
 
@@ -137,7 +136,7 @@ class LanguageModel(GPTModel):
             With labels fp32 [b, s] nats, or, where a model with multi-token prediction trains, [1 + depths, b, s], the
             main model's first; without, logits [b, s, whole vocabulary], or [n, whole vocabulary] at the selected
             positions; [s, b, h] before the last stage. With context parallelism s is this rank's part in all of them
-            (``parallel.context``).
+            (:meth:`own_part`).
 
         Collective: tensor- and context-parallel group; with FP8 the amax group.
         """
@@ -156,7 +155,7 @@ class LanguageModel(GPTModel):
         if labels is None and selected_positions is not None:
             assert groups.context_parallel_size() == 1, "whoever generates has whole sequences"
             rows = self._selected_rows(hidden_states, selected_positions, input_ids.size(1))
-            with _given_whole_sequence(self.output_layer):
+            with given_whole_sequence(self.output_layer):
                 return self.logits(rows).squeeze(1)
         if labels is None:
             return self.logits(hidden_states).transpose(0, 1)
@@ -166,9 +165,13 @@ class LanguageModel(GPTModel):
         inputs = MultiTokenInputs(input_ids, labels, selected_positions, is_padding)
         return torch.stack([loss, *self.mtp.losses(self, hidden_states, inputs, layer_inputs)])
 
+    def own_part(self, x: Tensor) -> Tensor:
+        """This context-parallel rank's tokens of [b, s, ...]: [b, s/c, ...]. Collective: none."""
+        return own_part(x, is_zigzag=is_zigzag(self.config))
+
     def embed(self, input_ids: Tensor) -> Tensor:
         """[s, b, h] of this rank's part of int64 [b, s]. Collective: tensor-parallel group."""
-        return self.embedding(input_ids=own_part(input_ids), position_ids=None)
+        return self.embedding(input_ids=self.own_part(input_ids), position_ids=None)
 
     def logits(self, hidden_states: Tensor) -> Tensor:
         """[s, b, h] to [s, b, whole vocabulary]. Collective: tensor-parallel group."""
@@ -187,8 +190,8 @@ class LanguageModel(GPTModel):
         Collective: tensor-parallel group.
         """
         if selected_positions is not None:
-            selected_positions = own_selection(selected_positions, *labels.shape)
-        labels = own_part(labels)
+            selected_positions = own_selection(selected_positions, labels.shape, self.own_part)
+        labels = self.own_part(labels)
         if selected_positions is not None:
             return self._selected_loss(hidden_states, labels, selected_positions, self._tied_weight())
         logits, _ = self.output_layer(hidden_states, weight=self._tied_weight())
@@ -205,7 +208,7 @@ class LanguageModel(GPTModel):
         """Loss [b, s] at the selected positions and 0 elsewhere, of [s, b, h] (s this rank's part, where divided)."""
         b, s = labels.shape
         rows = self._selected_rows(hidden_states, selected, s)
-        with _given_whole_sequence(self.output_layer):
+        with given_whole_sequence(self.output_layer):
             logits, _ = self.output_layer(rows, weight=weight)
         loss = self.compute_language_model_loss(labels.reshape(-1)[None, selected], logits)
         return loss.new_zeros(b * s).index_copy(0, selected, loss.view(-1)).view(b, s)
@@ -228,7 +231,7 @@ class LanguageModel(GPTModel):
         """This rank's part of [b, s] under context and sequence parallelism."""
         if is_padding is None:
             return None
-        is_padding = own_part(is_padding)
+        is_padding = self.own_part(is_padding)
         if not self.config.sequence_parallel:
             return is_padding
         return is_padding.chunk(groups.tensor_parallel_size(), dim=1)[groups.tensor_parallel_rank()]
@@ -240,22 +243,11 @@ class LanguageModel(GPTModel):
             self.rotary_dim,
             self.rotary_base,
             self.config.params_dtype,
-            None if position_ids is None else own_part(position_ids),
+            None if position_ids is None else self.own_part(position_ids),
             frequencies=self.rotary_frequencies,
             amplitude=self.rotary_amplitude,
         )
-        return own_part(table[:, :length]) if position_ids is None else table
-
-
-@contextmanager
-def _given_whole_sequence(layer: Any) -> Iterator[None]:
-    """Inside, a column-parallel layer does not gather its input, although sequence parallelism is on."""
-    before = layer.sequence_parallel
-    layer.sequence_parallel = False
-    try:
-        yield
-    finally:
-        layer.sequence_parallel = before
+        return self.own_part(table[:, :length]) if position_ids is None else table
 
 
 def build_language_model(

@@ -64,9 +64,6 @@ def tiled_attention(query: Tensor, key: Tensor, value: Tensor, *, scale: float, 
 class _TiledAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float, is_causal: bool) -> Tensor:
-        is_fused_ready = query.size(2) == key.size(2) and query.size(3) == value.size(3)
-        by_head = not is_fused_ready and _is_one_head_faster(query, key)
-        attend = _attend_head_by_head if by_head else _attend_fused
         out, lse = attend(query, key, value, scale=scale, is_causal=is_causal)
         ctx.save_for_backward(query, key, value, out, lse)
         ctx.scale, ctx.is_causal = scale, is_causal
@@ -76,32 +73,70 @@ class _TiledAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         query, key, value, out, lse = ctx.saved_tensors
-        s, b, ng, _ = key.shape
-        g = query.size(2) // ng
         delta = torch.linalg.vecdot(out.float(), grad.float())
-        # Those of keys and values are sums over tiles: fp32, so that no tile is rounded away.
-        grad_query = torch.empty(b * ng, g, s, query.size(3), dtype=query.dtype)
-        grad_key, grad_value = (torch.zeros(b * ng, s, x.size(3), dtype=torch.float32) for x in (key, value))
-        # [b * ng, g, s, ...]: the g query heads of a group meet their keys in one product.
-        parts = (
-            _grouped(query, ng),
-            _flat(key),
-            _flat(value),
-            grad.reshape(b * ng, g, s, grad.size(-1)),
-            lse.reshape(b * ng, g, s, 1),
-            delta.reshape(b * ng, g, s, 1),
-            grad_query,
-            grad_key,
-            grad_value,
+        grad_query, grad_key, grad_value = gradients(
+            query, key, value, grad, lse, delta, scale=ctx.scale, is_causal=ctx.is_causal
         )
-        heads_per_tile = max(1, _TILE_ELEMENTS // (g * min(_TILE_ROWS, s) * s))
-        if _is_one_head_faster(query, key):
-            heads_per_tile = 1
-        for start in range(0, b * ng, heads_per_tile):
-            tile = (x[start : start + heads_per_tile] for x in parts)
-            _backward_of_heads(*tile, scale=ctx.scale, is_causal=ctx.is_causal)
-        grad_key, grad_value = (_unflat(x.to(key.dtype), b) for x in (grad_key, grad_value))
-        return _unflat(grad_query.flatten(0, 1), b), grad_key, grad_value, None, None
+        return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype), None, None
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, *, scale: float, is_causal: bool) -> tuple[Tensor, Tensor]:
+    """Output [b, np, s, hn_v] and log-sum-exp, fp32 [b, np, s]; arguments as in :func:`tiled_attention`.
+
+    Without a causal mask there may be another number of keys than of queries.
+    """
+    is_fused_ready = query.size(2) == key.size(2) and query.size(3) == value.size(3)
+    by_head = not is_fused_ready and _is_one_head_faster(query, key)
+    return (_attend_head_by_head if by_head else _attend_fused)(query, key, value, scale=scale, is_causal=is_causal)
+
+
+def gradients(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    grad: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    *,
+    scale: float,
+    is_causal: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query (its dtype), key and value (fp32), each of its tensor's shape.
+
+    Args:
+        query: [s, b, np, hn].
+        key: [k, b, ng, hn]; k = s under a causal mask.
+        value: [k, b, ng, hn_v].
+        grad: Of the output, [b, np, s, hn_v].
+        lse: fp32 [b, np, s], over all keys that the queries look at; those given may be some of them.
+        delta: fp32 [b, np, s].
+        scale: Factor of the scores.
+        is_causal: Each position attends to itself and what is before it.
+    """
+    keys, b, ng, _ = key.shape
+    s, g = query.size(0), query.size(2) // ng
+    # Those of keys and values are sums over tiles: fp32, so that no tile is rounded away.
+    grad_query = torch.empty(b * ng, g, s, query.size(3), dtype=query.dtype)
+    grad_key, grad_value = (torch.zeros(b * ng, keys, x.size(3), dtype=torch.float32) for x in (key, value))
+    # [b * ng, g, s, ...]: the g query heads of a group meet their keys in one product.
+    parts = (
+        _grouped(query, ng),
+        _flat(key),
+        _flat(value),
+        grad.reshape(b * ng, g, s, grad.size(-1)),
+        lse.reshape(b * ng, g, s, 1),
+        delta.reshape(b * ng, g, s, 1),
+        grad_query,
+        grad_key,
+        grad_value,
+    )
+    heads_per_tile = max(1, _TILE_ELEMENTS // (g * min(_TILE_ROWS, s) * keys))
+    if _is_one_head_faster(query, key):
+        heads_per_tile = 1
+    for start in range(0, b * ng, heads_per_tile):
+        tile = (x[start : start + heads_per_tile] for x in parts)
+        _backward_of_heads(*tile, scale=scale, is_causal=is_causal)
+    return _unflat(grad_query.flatten(0, 1), b), _unflat(grad_key, b), _unflat(grad_value, b)
 
 
 def _is_one_head_faster(query: Tensor, key: Tensor) -> bool:
@@ -126,8 +161,8 @@ def _attend_head_by_head(
     query: Tensor, key: Tensor, value: Tensor, *, scale: float, is_causal: bool
 ) -> tuple[Tensor, Tensor]:
     """The same in our tiles, wholly in fp32."""
-    s, b, ng, _ = key.shape
-    g = query.size(2) // ng
+    length, b, ng, _ = key.shape
+    s, g = query.size(0), query.size(2) // ng
     out = torch.empty(b * ng, g, s, value.size(-1), dtype=query.dtype)
     lse = torch.empty(b * ng, g, s, 1, dtype=torch.float32)
     heads = zip(_grouped(query, ng), _flat(key), _flat(value), out, lse, strict=True)
@@ -135,7 +170,7 @@ def _attend_head_by_head(
         wide_key, wide_value = head_key.float().contiguous(), head_value.float().contiguous()
         for start in range(0, s, _TILE_ROWS):
             end = min(start + _TILE_ROWS, s)
-            rows, keys = end - start, end if is_causal else s
+            rows, keys = end - start, end if is_causal else length
             scaled = (head_query[:, start:end].float() * scale).reshape(g * rows, -1)
             scores = matrix_product.linear(scaled, wide_key[:keys])
             if is_causal:
@@ -185,7 +220,7 @@ def _backward_of_heads(
     wide_key = key.float()
     for start in range(0, s, _TILE_ROWS):
         end = min(start + _TILE_ROWS, s)
-        rows, keys = end - start, end if is_causal else s
+        rows, keys = end - start, end if is_causal else key.size(1)
         scaled, upstream, low, shift = (x[:, :, start:end].reshape(n, g * rows, -1) for x in (query, grad, lse, delta))
         scaled = scaled * scale
         scores = _product(scaled.float(), wide_key[:, :keys].transpose(1, 2))

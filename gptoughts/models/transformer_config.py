@@ -128,6 +128,8 @@ def _common_fields(model: ModelConfig, parallel: ParallelConfig, params_dtype: t
         "expert_model_parallel_size": parallel.expert,
         "expert_tensor_parallel_size": parallel.tensor,
         "context_parallel_size": parallel.context,
+        # Of Transformer Engine's ring; ours goes by it, too. Unset: the exchange around attention is ours.
+        "cp_comm_type": "p2p" if parallel.context > 1 and parallel.context_method == "ring" else None,
         "sequence_parallel": parallel.sequence,
         **_pipeline_fields(model, parallel),
         **recompute_fields(parallel),

@@ -1,16 +1,19 @@
-"""Context parallelism: which part of a sequence is this rank's, and the exchange of tokens for heads.
+"""Context parallelism: which part of a sequence is this rank's, and what ranks send each other.
 
-Rank r of c ranks has tokens r s/c ... (r + 1) s/c - 1 of every sequence. All of the model works on these alone but
-attention, where queries meet the keys of other ranks. There the ranks exchange (DeepSpeed-Ulysses, arXiv:2309.14509,
-section 3): before it each gives away the other ranks' heads of its tokens and gets the other tokens of its own heads,
-after it the other way round. An exchange sends (c - 1)/c of what a rank has, whatever c.
+All of the model works on a rank's own tokens but attention, where queries meet the keys of other ranks. Two ways:
+
+- Ulysses (DeepSpeed-Ulysses, arXiv:2309.14509, section 3): rank r of c has tokens r s/c ... (r + 1) s/c - 1. Before
+  attention each rank gives away the other ranks' heads of its tokens and gets the other tokens of its own heads, after
+  it the other way round. An exchange sends (c - 1)/c of what a rank has, whatever c.
+- Ring (arXiv:2310.01889): keys and values go round. Of 2 c pieces rank r has the r-th and the r-th last, so that under
+  a causal mask all ranks have equally much to do (zig-zag).
 
 Legend: s sequence, c context-parallel ranks, b microbatch, n heads, d head dim.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -21,10 +24,42 @@ from torch.autograd.function import once_differentiable
 from gptoughts.parallel import groups
 
 
-def own_part(x: Tensor) -> Tensor:
-    """This rank's tokens of [b, s, ...]: a view [b, s/c, ...]. Collective: none."""
-    size = groups.context_parallel_size()
-    return x if size == 1 else x.chunk(size, dim=1)[groups.context_parallel_rank()]
+def own_part(x: Tensor, *, is_zigzag: bool = False) -> Tensor:
+    """This rank's tokens of [b, s, ...]: [b, s/c, ...], a view but where it is two pieces. Collective: none."""
+    size, rank = groups.context_parallel_size(), groups.context_parallel_rank()
+    if size == 1:
+        return x
+    if not is_zigzag:
+        return x.chunk(size, dim=1)[rank]
+    pieces = x.chunk(2 * size, dim=1)
+    return torch.cat((pieces[rank], pieces[-1 - rank]), dim=1)
+
+
+def places_of(rank: int, size: int, length: int, device: torch.device) -> Tensor:
+    """Where the tokens of a rank's two pieces are in the whole sequence, int64 [length / size]. Collective: none."""
+    pieces = torch.arange(length, device=device).chunk(2 * size)
+    return torch.cat((pieces[rank], pieces[-1 - rank]))
+
+
+def start_ring_step(x: Tensor, group: dist.ProcessGroup) -> Callable[[], Tensor]:
+    """Begin to send ``x`` to the next rank; what is returned waits for the one before's, of the same shape.
+
+    Collective: ``group``, each rank as often as the others.
+    """
+    ranks = dist.get_process_group_ranks(group)
+    after, before = ranks[(group.rank() + 1) % group.size()], ranks[group.rank() - 1]
+    x = x.contiguous()
+    received = torch.empty_like(x)
+    works = dist.batch_isend_irecv(
+        [dist.P2POp(dist.isend, x, after, group), dist.P2POp(dist.irecv, received, before, group)]
+    )
+
+    def receive() -> Tensor:
+        for work in works:
+            work.wait()
+        return received
+
+    return receive
 
 
 def tokens_to_heads(tensors: Sequence[Tensor], group: dist.ProcessGroup) -> tuple[Tensor, ...]:

@@ -8,11 +8,12 @@ it. Of one microbatch's n = s b / c tokens on a rank and w bytes per element a l
     with sequence      (t - 1)/t n w (3 C + 2 R)    gathered, scattered back, and gathered once more in backward
     expert             4 (e - 1)/e n k h w          to the experts and back, forward and backward (alltoall)
     context            2 (c - 1)/c n/t A w          queries, keys and values for heads, and outputs back, and gradients
+    with a ring        n/t B (2 (c - 1) w + 4 c)    keys and values, twice round, and their fp32 gradients, home
     pipeline           2 n' h w per chunk           activations on, gradients back
 
 with C and R the summed widths of column-parallel inputs and row-parallel outputs, and A the width of all that attention
-takes and gives (keys and values as often as they are copied). Per step, for P parameters on a rank
-and d data- and context-parallel ranks, with g bytes per gradient on its way:
+takes and gives (keys and values as often as they are copied), B that of keys and values. Per step, for P parameters on
+a rank and d data- and context-parallel ranks, with g bytes per gradient on its way:
 
     ZeRO 0             2 (d - 1)/d 4 P
     ZeRO 1             (d - 1)/d (g + w) P          gradients to their owners, weights back
@@ -93,17 +94,20 @@ def context_bytes(config: ExperimentConfig, batch: Microbatch, layers: list[int]
     model, context = config.model, batch.context
     if context == 1:
         return 0.0
+    heads = model.num_attention_heads
     if isinstance(model, MLAConfig):
-        wide, narrow = model.qk_head_dim + model.qk_pos_emb_head_dim, model.v_head_dim
-        width = model.num_attention_heads * 2 * (wide + narrow)
+        ring = heads * (model.qk_head_dim + model.qk_pos_emb_head_dim + model.v_head_dim)
+        width = 2 * ring
     else:
         assert isinstance(model, GPTConfig)
         assert model.num_query_groups is not None, "a resolved shape is filled in"
         assert model.kv_channels is not None
-        width = (
-            2 * model.num_attention_heads + 2 * exchanged_groups(model.num_query_groups, batch)
-        ) * model.kv_channels
-    return 2 * (context - 1) / context * len(layers) * batch.tokens * width / batch.tensor * batch.width
+        ring = 2 * model.num_query_groups * model.kv_channels
+        width = 2 * (heads + exchanged_groups(model.num_query_groups, batch)) * model.kv_channels
+    numbers = len(layers) * batch.tokens / batch.tensor
+    if batch.is_ring:
+        return numbers * ring * (2 * (context - 1) * batch.width + _FP32 * context)
+    return 2 * (context - 1) / context * numbers * width * batch.width
 
 
 def second_forward_bytes(config: ExperimentConfig, batch: Microbatch, stage: int) -> dict[str, float]:

@@ -14,7 +14,9 @@ context-parallel ranks), of which this rank holds n' = n / t of a sequence that 
                       are narrower than keys, and the latents before and after their norms
     with context      what the exchange brings in place of projection (expanded) and turned heads, and the output once
       parallelism     more, ahead of its projection: GQA n/t ((3 np + 2 ng') hn w + 4 np), ng' copies of keys and values
-                      (lcm(ng / t, c) t); MLA n/t (np (2 (dn + dr) + dv) w + np max(dn + dr, dv) w + np dv w + 4 np)
+                      (lcm(ng / t, c) t); MLA n/t (np (2 (dn + dr) + dv) w + np max(dn + dr, dv) w + np dv w + 4 np);
+                      ring: turned queries, own keys and values, output: n/t ((2 np + 2 ng) hn w + 4 np),
+                      MLA n/t (2 np (dn + dr + dv) w + 4 np)
     SwiGLU            n/t 3 f w                   gate and up, and their product
     experts           n k/t 2 f w, gates and indices, and the router's fp32 scores, n' 4 e
 
@@ -65,6 +67,8 @@ class Microbatch:
     """Bytes of an activation's element."""
     context: int = 1
     """Context-parallel ranks."""
+    is_ring: bool = False
+    """Whether these hand keys and values round."""
 
     @property
     def own_tokens(self) -> int:
@@ -78,7 +82,10 @@ def microbatch(config: ExperimentConfig) -> Microbatch:
     precision = config.train.precision or "bf16"
     tokens = (config.block_size or config.model.seq_length) * (config.batch_size or 1)
     own = tokens // parallel.context
-    return Microbatch(own, parallel.tensor, parallel.sequence, parallel.expert, WIDTHS[precision], parallel.context)
+    is_ring = parallel.context > 1 and parallel.context_method == "ring"
+    return Microbatch(
+        own, parallel.tensor, parallel.sequence, parallel.expert, WIDTHS[precision], parallel.context, is_ring
+    )
 
 
 def exchanged_groups(num_query_groups: int, batch: Microbatch) -> int:
@@ -144,6 +151,8 @@ def _grouped_query_attention(model: GPTConfig, batch: Microbatch, modules: Colle
     is_projection_kept = batch.context == 1 or model.qk_layernorm
     if batch.context > 1:
         inside = (2 * heads + 2 * exchanged_groups(groups, batch)) * size  # exchanged np + 2 ng', the output once more
+    if batch.is_ring:
+        inside = (heads + 2 * groups) * size  # turned queries, own keys and values
     inverses = (heads + groups) * FP32 if model.qk_layernorm else 0
     # Grouped queries are no view of the projection: their norm keeps a copy.
     copied = heads * size if model.qk_layernorm and heads != groups else 0
@@ -163,7 +172,7 @@ def _latent_attention(model: MLAConfig, batch: Microbatch, modules: Collection[s
     expanded, query, output = heads * (model.qk_head_dim + narrow), heads * wide, heads * narrow
     # Of values narrower than keys the core keeps a padded output, and what it sends to other ranks; what follows it
     # keeps the cut or received one.
-    is_copied = narrow < wide or batch.context > 1
+    is_copied = (narrow < wide or batch.context > 1) and not batch.is_ring
     core = heads * max(wide, narrow) * is_copied * width + heads * FP32
     # Sent to other ranks, values are copied; keys always are, with their rotary part.
     value = expanded if batch.context == 1 else heads * narrow

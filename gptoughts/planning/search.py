@@ -112,9 +112,10 @@ def layouts(run: Run) -> Iterator[ParallelConfig]:
 
 def _contexts(run: Run, tensor: int, replicas: int) -> list[int]:
     """Into how many parts sequences may be cut that are long enough."""
-    heads = max(1, run.config.model.num_attention_heads // tensor)
     parts = max(1, (run.config.block_size or 0) // SMALLEST_PART_TOKENS)
-    return [n for n in divisors(heads, parts) if replicas % n == 0]
+    heads = max(1, run.config.model.num_attention_heads // tensor)
+    divided = replicas if run.config.parallel.context_method == "ring" else heads
+    return [n for n in divisors(divided, parts) if replicas % n == 0]
 
 
 def _virtual(pipeline: int, num_layers: int) -> list[int]:

@@ -31,7 +31,6 @@ from gptoughts.models.stages import all_names, build_stages, shared_embedding_we
 from gptoughts.objectives.base import ModelInputs, Objective
 from gptoughts.objectives.multi_token import MultiTokenLoss
 from gptoughts.parallel import groups
-from gptoughts.parallel.context import own_part
 from gptoughts.platform import device
 from gptoughts.precision.amax_report import REPORT_FILE, kept_words
 from gptoughts.precision.backend import backend_problem, choose_backend
@@ -73,6 +72,7 @@ class ForwardStep:
         )
         if not chunk.post_process:
             return output
+        own_part: Any = chunk.own_part
         # Losses are those of this rank's part of each sequence; the engine sums over all parts.
         labels, is_counted, weights = map(own_part, (inputs.labels, inputs.is_counted, inputs.loss_weights))
         extras = {TARGET_BYTES: bytes_of(labels, is_counted, self.token_bytes)}

@@ -48,7 +48,7 @@ def describe_ranks(experiment: Experiment) -> str:
     virtual = f" ({parallel.virtual_pipeline} virtual)" if parallel.virtual_pipeline > 1 else ""
     pipeline = f"pipeline {parallel.pipeline}{virtual} x " if parallel.pipeline > 1 else ""
     expert = f" (experts over {parallel.expert} of these)" if parallel.expert > 1 else ""
-    context = f"context {parallel.context} x " if parallel.context > 1 else ""
+    context = f"context {parallel.context} ({parallel.context_method}) x " if parallel.context > 1 else ""
     return f"tensor {parallel.tensor} x {pipeline}{context}data {experiment.data_parallel_size}{expert}"
 
 

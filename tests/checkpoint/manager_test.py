@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from gptoughts.checkpoint import layout
 from gptoughts.errors import CheckpointError
@@ -80,6 +82,38 @@ def test_a_rank_that_cannot_write(tmp_path: Path) -> None:
         assert "rank 1" in problems[0]
         assert "No space left" in problems[0]
         assert "the last good checkpoint is" in problems[0]
+
+
+def _losses_with_dropout(layout_of_run: Layout, folder: str, is_of_an_earlier_version: bool) -> tuple[list[float], ...]:
+    """Steps 3 and 4 of a run that saved after 2, and of one that resumed there."""
+    run = ToyRun("gpt", layout_of_run, Path(folder))
+    for _ in run.train(2):
+        pass
+    saved = run.save()
+    expected = [result.loss for result in run.train(2)]
+    run.close()
+    if is_of_an_earlier_version and run.data_rank == 0:
+        manifest = json.loads((saved / layout.MANIFEST).read_text())
+        del manifest["layout"]["context"], manifest[layout._OWN_CHECKSUM]
+        layout.write_atomically(saved / layout.MANIFEST, json.dumps(manifest))
+    torch.distributed.barrier()
+    run = ToyRun("gpt", layout_of_run, Path(folder))
+    run.resume()
+    found = [result.loss for result in run.train(2)]
+    run.close()
+    return expected, found
+
+
+@pytest.mark.parametrize(
+    ("layout_of_run", "is_of_an_earlier_version"), [(Layout(context=2, zero=1), False), (Layout(data=2), True)]
+)
+def test_generators_go_on_where_the_layout_is_the_same(
+    layout_of_run: Layout, is_of_an_earlier_version: bool, tmp_path: Path
+) -> None:
+    dropout = ("--model.hidden_dropout=0.1", "--model.attention_dropout=0.1")
+    run = dataclasses.replace(layout_of_run, extra=dropout)
+    for expected, found in run_distributed(_losses_with_dropout, 2, run, str(tmp_path), is_of_an_earlier_version):
+        assert found == expected
 
 
 def _refusals(folder: str) -> dict[str, str]:

@@ -36,6 +36,11 @@ def problems(flags: str, world_size: int = 1) -> str:
         ("--train.global_batch_size 24 --train.gradient_accumulation_steps 2", 2, (6, 2, 24)),
         ("--batch_size 2 --train.global_batch_size 8 --train.gradient_accumulation_steps 4", 1, (2, 4, 8)),
         ("--batch_size 2 --train.global_batch_size 8 --parallel.tensor 2", 4, (2, 2, 8)),
+        (
+            "--batch_size 2 --parallel.context 8 --parallel.context_method ring",
+            8,
+            (2, 1, 2),
+        ),  # more than there are heads
         ("--batch_size 2 --train.global_batch_size 8 --parallel.context 2", 4, (2, 2, 8)),  # 2 data-parallel ranks
     ],
 )
@@ -70,7 +75,14 @@ def test_batch_sizes(flags: str, world_size: int, expected: tuple[int, int, int]
         ("--parallel.context 2", 3, "parallel.tensor=1 (default) x parallel.pipeline=1 (default) x parallel.context=2 "
          "(command line): the world size 3 is not divisible by 2; start a multiple of 2 ranks"),
         ("--parallel.context 3 --block_size 33", 3, "parallel.context=3 (command line): num_attention_heads=4 is not "
-         "divisible by it: in attention each of these ranks has whole heads; allowed: 1, 2, 4"),
+         "divisible by it: in attention each of these ranks has whole heads; allowed: 1, 2, 4, or "
+         "--parallel.context_method ring"),
+        ("--parallel.context_method ring", 1, "parallel.context_method=ring (command line): is between ranks that "
+         "share sequences; needs parallel.context of 2 or more"),
+        ("--parallel.context 2 --parallel.context_method ring --block_size 34", 2, "parallel.context=2 (command line): "
+         "block_size=34 is not divisible by 4: with ring each rank has two pieces of it"),
+        ("--parallel.context 2 --parallel.context_method ring --model.attention_dropout 0.1", 2,
+         "model.attention_dropout=0.1: ring draws no random numbers"),
         ("--parallel.context 4 --parallel.tensor 2", 8, "num_attention_heads=4 / parallel.tensor=2 is not divisible by "
          "it: in attention each of these ranks has whole heads; allowed: 1, 2"),
         ("--parallel.context 2 --block_size 33", 2, "parallel.context=2 (command line): block_size=33 is not"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from gptoughts.config.experiment import ParallelConfig
 from gptoughts.models.context_attention import context_parallel, key_value_heads
 from gptoughts.models.core_attention import SDPACoreAttention
 from gptoughts.parallel import groups
+from gptoughts.parallel.context import own_part, places_of
 from tests.distributed import run_distributed
 
 S, B = 24, 2
@@ -29,6 +31,7 @@ class Case:
     groups: int = 4
     size: int = 8
     v_size: int = 8
+    method: str = "ulysses"
     mask: str = "causal"
     """causal, none, cut (keys beyond a length are forbidden), by_head, bias, packed."""
 
@@ -36,6 +39,7 @@ class Case:
         return TransformerConfig(
             num_layers=1, hidden_size=self.heads * self.size, num_attention_heads=self.heads,
             num_query_groups=self.groups, attention_dropout=0.0, context_parallel_size=ranks,
+            cp_comm_type="p2p" if ranks > 1 and self.method == "ring" else None,
         )  # fmt: skip
 
     def inputs(self) -> list[Tensor]:
@@ -70,14 +74,15 @@ def attend(case: Case, ranks: int) -> list[Tensor]:
     attention = context_parallel(SDPACoreAttention, config)(
         config, 1, mask_type, "self", k_channels=case.size, v_channels=case.v_size
     )
-    inputs = [x.chunk(ranks)[groups.context_parallel_rank()].clone().requires_grad_() for x in case.inputs()]
+    own = partial(own_part, is_zigzag=case.method == "ring")
+    inputs = [own(x.transpose(0, 1)).transpose(0, 1).clone().requires_grad_() for x in case.inputs()]
     mask, options = case.options()
     given = [x.squeeze(1) for x in inputs] if case.mask == "packed" else inputs
     out = attention(*given, mask, **options)
     if case.mask == "packed":
         out = out.unsqueeze(1)
-    gradients = torch.autograd.grad(out, inputs, case.upstream().chunk(ranks)[groups.context_parallel_rank()])
-    return [out.detach(), *gradients]
+    gradients = torch.autograd.grad(out, inputs, own(case.upstream().transpose(0, 1)).transpose(0, 1))
+    return [x.to(torch.float32) for x in (out.detach(), *gradients)]
 
 
 CASES = [
@@ -94,6 +99,10 @@ CASES = [
     (2, Case(groups=2, mask="by_head")),
     (2, Case(mask="bias")),
     (2, Case(groups=2, mask="packed")),
+    *((ranks, Case(method="ring", mask=mask)) for ranks in (2, 4) for mask in ("causal", "none", "cut")),
+    (4, Case(method="ring", heads=2, groups=1)),  # more ranks than heads
+    (2, Case(method="ring", size=12)),
+    (4, Case(method="ring", heads=3, groups=3, size=6, v_size=10, mask="none")),
 ]
 
 
@@ -103,6 +112,9 @@ def test_equals_one_rank(ranks: int, case: Case) -> None:
     parts = run_distributed(attend, ranks, case, ranks)
     for number, whole in enumerate(expected):
         found = torch.cat([part[number] for part in parts])
+        if case.method == "ring":
+            where = torch.cat([places_of(rank, ranks, S, found.device) for rank in range(ranks)])
+            found = torch.empty_like(found).index_copy_(0, where, found)
         assert float((found - whole).abs().max()) <= RELATIVE * float(whole.abs().max()), number
 
 
@@ -115,6 +127,32 @@ def test_how_many_key_heads_travel(on_rank: int, ranks: int, exchanged: int) -> 
 
 def test_one_rank_gets_the_class_itself() -> None:
     assert context_parallel(SDPACoreAttention, Case().config(1)) is SDPACoreAttention
+
+
+def ring_refuses() -> list[str]:
+    groups.initialize(ParallelConfig(context=2), seed=1)
+    case = Case(method="ring")
+    config = case.config(2)
+    attention = context_parallel(SDPACoreAttention, config)
+    ring = attention(config, 1, AttnMaskType.causal, "self")
+    x = torch.zeros(4, 1, 4, 8)
+    ends = torch.tensor([0, 8], dtype=torch.int32)
+    found = []
+    for call in (
+        lambda: attention(config, 1, AttnMaskType.causal, "self", attention_dropout=0.1),
+        lambda: ring(x, x, x, None, packed_seq_params=PackedSeqParams(cu_seqlens_q=ends, cu_seqlens_kv=ends)),
+        lambda: ring(x, x, x, torch.zeros(1, 1, 8, 8, dtype=torch.bool)),
+    ):
+        with pytest.raises(ValueError, match=r"must be 0|ring attention takes") as caught:
+            call()
+        found.append(str(caught.value))
+    return found
+
+
+def test_a_ring_refuses_what_it_cannot_do() -> None:
+    for messages in run_distributed(ring_refuses, 2):
+        for message, part in zip(messages, ("attention_dropout=0.1", "packed sequences", "(1, 1, 8, 8)"), strict=True):
+            assert part in message
 
 
 def parts_of_heads() -> tuple[int, int, int]:

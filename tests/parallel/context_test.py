@@ -8,7 +8,7 @@ from torch import Tensor
 
 from gptoughts.config.experiment import ParallelConfig
 from gptoughts.parallel import groups
-from gptoughts.parallel.context import heads_to_tokens, own_part, tokens_to_heads
+from gptoughts.parallel.context import heads_to_tokens, own_part, places_of, start_ring_step, tokens_to_heads
 from tests.distributed import run_distributed
 
 S, B = 12, 3
@@ -63,6 +63,22 @@ def test_tokens_for_heads_and_back(size: int) -> None:
 
 def test_any_precision_travels() -> None:
     run_distributed(exchange_and_return, 2, torch.bfloat16)
+
+
+def pieces_of_a_batch() -> tuple[list[int], list[int], list[float]]:
+    groups.initialize(ParallelConfig(context=4), seed=1)
+    group = groups.context_parallel_group()
+    found = own_part(torch.arange(16).view(1, 16), is_zigzag=True)
+    places = places_of(group.rank(), group.size(), 16, found.device)
+    before = start_ring_step(torch.tensor([float(group.rank())]), group)()
+    return found[0].tolist(), places.tolist(), before.tolist()
+
+
+def test_rings_have_an_early_and_a_late_piece_each() -> None:
+    found = run_distributed(pieces_of_a_batch, 4)
+    assert [part for part, *_ in found] == [[0, 1, 14, 15], [2, 3, 12, 13], [4, 5, 10, 11], [6, 7, 8, 9]]
+    assert all(places == part for part, places, _ in found)
+    assert [before for *_, before in found] == [[3.0], [0.0], [1.0], [2.0]]
 
 
 def parts_of_a_batch() -> tuple[int, list[int]]:

@@ -37,6 +37,10 @@ LAYOUTS = [
     *(Layout(context=2, tensor=2, sequence=True, zero=zero) for zero in (0, 1, 2, 3)),
     *(Layout(context=2, pipeline=2, zero=zero, accumulation=4, layers=4) for zero in (0, 1, 2, 3)),
     Layout(context=2, pipeline=2, virtual=2, zero=3, accumulation=2, layers=4, tied=True),
+    *(Layout(context=2, context_method="ring", zero=zero) for zero in (0, 3)),
+    Layout(context=4, context_method="ring", zero=2, accumulation=2),
+    Layout(context=2, context_method="ring", tensor=2, sequence=True, zero=1),
+    Layout(context=2, context_method="ring", pipeline=2, data=1, zero=3, accumulation=2, layers=4),
 ]
 EXPERT_LAYOUTS = [
     *(Layout(context=2, expert=2, zero=zero) for zero in (0, 1, 2, 3)),
@@ -45,17 +49,16 @@ EXPERT_LAYOUTS = [
     Layout(context=2, data=2, expert=4, zero=2),
     Layout(context=2, pipeline=2, expert=2, zero=1, accumulation=2, layers=4),
     Layout(context=2, tensor=2, sequence=True, expert=2, zero=3),
+    Layout(context=4, context_method="ring", expert=2, zero=1),
 ]
 EXPERT_FAMILIES = ("deepseek", "llada-moe")
 CORE = {
-    ("gpt", Layout(context=2, pipeline=2, zero=2, accumulation=4, layers=4)),
-    ("gpt", Layout(context=2, data=2, zero=3, accumulation=2)),
+    ("gpt", Layout(context=2, context_method="ring", zero=3)),
     ("mla", Layout(context=2, tensor=2, sequence=True, zero=1)),
     ("deepseek", Layout(context=2, data=2, expert=2, zero=3, accumulation=2)),
     ("llada", Layout(context=2, zero=0)),
-    ("llada-moe", Layout(context=2, expert=2, zero=2, extra=ALL_GATHER)),
 }
-"""What runs in `make test`."""
+"""What runs in `make test`, beside what the matrix has."""
 CASES = [
     *((family, layout) for family in (*FAMILIES, *VARIANTS) for layout in LAYOUTS),
     *((family, layout) for family in EXPERT_FAMILIES for layout in EXPERT_LAYOUTS),
@@ -101,6 +104,7 @@ def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Run:
     "layout",
     [
         Layout(context=2, zero=1, expert=2),
+        pytest.param(Layout(context=2, context_method="ring", zero=3), marks=pytest.mark.slow),
         pytest.param(Layout(context=2, data=2, zero=3, accumulation=2), marks=pytest.mark.slow),
         pytest.param(Layout(context=2, tensor=2, sequence=True, zero=2), marks=pytest.mark.slow),
     ],
@@ -124,6 +128,7 @@ def balanced(tmp_path_factory: pytest.TempPathFactory) -> Run:
     "layout",
     [
         Layout(context=2, zero=2, accumulation=2),
+        pytest.param(Layout(context=2, context_method="ring"), marks=pytest.mark.slow),
         pytest.param(Layout(context=2, tensor=2, sequence=True, zero=1), marks=pytest.mark.slow),
         pytest.param(Layout(context=2, data=2, expert=2), marks=pytest.mark.slow),
     ],
@@ -142,7 +147,8 @@ def test_balance_is_that_of_whole_sequences(layout: Layout, tmp_path: Path, bala
     ("saved", "resumed"),
     [
         (Layout(context=2, zero=3), Layout(zero=1)),
-        (Layout(), Layout(context=2, expert=2, zero=2)),
+        pytest.param(Layout(), Layout(context=2, expert=2, zero=2), marks=pytest.mark.slow),
+        pytest.param(Layout(context=2), Layout(context=4, context_method="ring", zero=3), marks=pytest.mark.slow),
         pytest.param(Layout(context=2, data=2, expert=4, zero=1), Layout(context=2, tensor=2), marks=pytest.mark.slow),
     ],
     ids=str,
@@ -153,11 +159,17 @@ def test_a_checkpoint_fits_any_number_of_parts(saved: Layout, resumed: Layout, t
     assert found == pytest.approx(expected[3:], rel=LATER_LOSS_RELATIVE)
 
 
-def test_grouped_keys_are_sent_to_several_ranks(tmp_path: Path) -> None:
-    """Two key heads, four ranks."""
-    extra = ("--model.num_query_groups=2",)
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("layout", "extra"),
+    [
+        (Layout(context=4, zero=2), "--model.num_query_groups=2"),  # each key head goes to two ranks
+        (Layout(context=4, context_method="ring", zero=3), "--model.num_attention_heads=2"),
+    ],
+    ids=str,
+)
+def test_more_ranks_than_heads(layout: Layout, extra: str, tmp_path: Path) -> None:
     found, expected = (
-        run_case("gpt", dataclasses.replace(layout, extra=extra), tmp_path / str(layout))
-        for layout in (Layout(context=4, zero=2), Layout())
+        run_case("gpt", dataclasses.replace(one, extra=(extra,)), tmp_path / str(one)) for one in (layout, Layout())
     )
     assert_equal(found, expected)

@@ -16,12 +16,21 @@ from tests.distributed import run_distributed
 from tests.harness import Layout, toy_experiment
 from tests.parity.comparison import STEP_1_LOSS_RELATIVE, STEPS, TOLERANCES, Errors
 from tests.parity.matrix import table
-from tests.parity.matrix.layouts import AXES, FAMILIES, Case, covering, every_case, feasible_cases, make_case, pairs_of
+from tests.parity.matrix.layouts import (
+    AXES,
+    FAMILIES,
+    LIMIT,
+    Case,
+    covering,
+    every_case,
+    feasible_cases,
+    make_case,
+    pairs_of,
+)
 from tests.parity.matrix.results import Record, ResultsFile, record_of, shard_of, source_hash
 from tests.parity.matrix.routing import TIE_MARGIN
 from tests.parity.matrix.runs import Outcome, one_rank_run, run_case, train_case
 
-LIMIT = 40
 SUBSET = covering(feasible_cases(), LIMIT)
 
 

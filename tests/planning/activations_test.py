@@ -55,6 +55,8 @@ def test_context_parallelism_keeps_what_is_exchanged() -> None:
     outside = 4 * 2 * (16 + 16 + 4) + 4 * (96 + 48)
     batch = replace(ONE_TOKEN, tokens=4, context=2)
     assert layer_bytes(GPT, 0, batch) == outside + 4 * (48 + 32 + 16)
+    # A ring keeps turned queries, its own keys and values, and the output once.
+    assert layer_bytes(GPT, 0, replace(batch, is_ring=True)) == outside + 4 * (16 + 32 + 16 + 16)
     # One key head of each kind, sent to both ranks: 4 + 2 + 2 of size 2. Norms of heads keep the projection, 4 + 2.
     grouped = replace(GPT, num_query_groups=1)
     assert layer_bytes(grouped, 0, batch) == outside + 4 * (32 + 32 + 16)
@@ -77,6 +79,8 @@ def test_latent_attention() -> None:
     # Exchanged queries, keys and values 12, 12 and 6; output padded 12, and ahead of its projection 6.
     exchanged = layer_bytes(model, 0, replace(WIDE, context=2))
     assert layer_bytes(model, 0, WIDE) - exchanged == 4 * (24 + 14 + 12 + 6) - 4 * (30 + 12 + 6)
+    ring = layer_bytes(model, 0, replace(WIDE, context=2, is_ring=True))
+    assert layer_bytes(model, 0, WIDE) - ring == 4 * (24 + 14 + 12 + 6) - 4 * (30 + 6)
     with_queries = layer_bytes(replace(model, q_lora_rank=5), 0, WIDE)
     assert with_queries - layer_bytes(model, 0, WIDE) == 4 * (5 + 5) + 4
 

@@ -77,6 +77,8 @@ def test_context_parallelism_exchanges_all_of_attention_twice() -> None:
     grouped = replace(GPT, num_query_groups=2)  # each key head to two of the ranks
     assert context_bytes(experiment(model=grouped), batch, [0]) == 2 * 0.75 * 10 * 2 * (4 * 4 * 2)
     assert context_bytes(experiment(), BATCH, [0]) == 0
+    ring = replace(batch, is_ring=True)  # keys and values three times there and again, fp32 gradients four times
+    assert context_bytes(experiment(model=grouped), ring, [0]) == 10 * (2 * 2 * 2) * (2 * 3 * 2 + 4 * 4)
     latent = MLAConfig(num_layers=1, hidden_size=8, num_attention_heads=4, qk_head_dim=4, qk_pos_emb_head_dim=2,
                        v_head_dim=3)  # fmt: skip
     assert context_bytes(experiment(model=latent), batch, [0]) == 2 * 0.75 * 10 * 2 * 4 * (6 + 6 + 3 + 3)

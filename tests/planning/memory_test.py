@@ -148,6 +148,8 @@ def cases() -> list[object]:
         ("gpt", Layout(tensor=2, sequence=True, context=2, extra=("--model.num_query_groups=2", _HEAD_NORMS))),
         ("gpt", Layout(pipeline=2, context=2, accumulation=4)),
         ("mla", Layout(context=2)),
+        ("mla", Layout(context=2, context_method="ring", zero=1)),
+        ("gpt", Layout(context=2, context_method="ring", precision="bf16")),
         ("llada", Layout(context=2, zero=1, extra=_WHOLE_ROWS)),
         ("deepseek", Layout(pipeline=2, virtual=2, layers=4, accumulation=4, zero=1)),
         ("deepseek", Layout(tensor=2, sequence=True, data=2, zero=2)),

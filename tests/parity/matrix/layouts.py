@@ -33,6 +33,8 @@ AXES: dict[str, Sequence[Any]] = {
 """Fields of :class:`tests.harness.Layout`."""
 SAMPLES_PER_STEP = 16
 SEQUENCE = 32
+LIMIT = 40
+"""Layouts that `make test` may run."""
 SEED = 1
 """Of the choice between cases that cover equally many new pairs."""
 
