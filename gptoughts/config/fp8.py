@@ -30,6 +30,11 @@ _DEFAULTS = Fp8Config(
 _ENDS = re.compile(r"(first|last)_(\d+)_layers?")
 
 
+def is_fp8_state(name: str) -> bool:
+    """Whether a tensor of a checkpoint is one of FP8's histories and scales, by its global name."""
+    return ".fp8." in name
+
+
 def filled_fp8(config: ExperimentConfig) -> Fp8Config:
     """The section of a resolved run: nothing unset where FP8 is on, nothing set where it is off."""
     if not config.use_fp8:

@@ -56,6 +56,10 @@ class NextTokenCommand(SamplingOptions):
     prefill_tokens: int = 1024
     """Tokens of prompts that one forward reads."""
 
+    speculative: bool = False
+    """Let multi-token prediction guess the token after the next, for models that have it: the same answers in fewer
+    forwards. Prompts are then answered one by one."""
+
     def refusals(self, stated: Collection[str], num_prompts: int) -> list[str]:
         """What cannot be, one line each (``answers.Command``)."""
         counts = (("batch_rows", self.batch_rows), ("prefill_tokens", self.prefill_tokens))

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from gptoughts.config.experiment import ExperimentConfig
-from gptoughts.config.fp8 import is_kept, unmatched
+from gptoughts.config.fp8 import is_fp8_state, is_kept, unmatched
 from gptoughts.errors import ConfigError
 from gptoughts.models.grouped_experts import GroupedExperts
 from gptoughts.models.parameter_names import globally_named
@@ -160,7 +160,7 @@ def initial_of_state(name: str) -> float | None:
 
     None for every other buffer.
     """
-    return initial_of(name.rpartition(".")[2]) if ".fp8." in name else None
+    return initial_of(name.rpartition(".")[2]) if is_fp8_state(name) else None
 
 
 def check_products(

@@ -37,7 +37,7 @@ def load_initial_weights(path: Path, engine: Engine, names: Iterable[str], model
     tensor_rank, tensor_size = groups.tensor_parallel_rank(), groups.tensor_parallel_size()
 
     def read(fragment: StateFragment) -> Tensor:
-        if fragment.kind not in (WEIGHT, BUFFER):
+        if fragment.kind not in (WEIGHT, BUFFER) or fragment.initial is not None:
             return fragment.tensor
         if adaptation is not None and fragment.name in VOCABULARY_MATRICES:
             return adaptation.fragment(source.full(fragment.name), fragment, tensor_rank, tensor_size)

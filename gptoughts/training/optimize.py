@@ -70,7 +70,6 @@ def settings(machine: Machine, command: Sequence[str]) -> list[Setting]:
     """All settings, as they are for this machine and for the command that is to be run (empty: none is known)."""
     no_gpu = None if machine.num_gpus else "no CUDA device"
     allocator = "PYTORCH_ALLOC_CONF" if machine.torch_version >= (2, 9) else "PYTORCH_CUDA_ALLOC_CONF"
-    has_json = any(word.split("=")[0] == "--deepspeed_config" for word in command)
     return [
         Setting(
             MEMORY, "allocator", "segments that grow leave no holes between tensors of changing size",
@@ -84,7 +83,7 @@ def settings(machine: Machine, command: Sequence[str]) -> list[Setting]:
             MEMORY, "offload", "weights and optimizer state in the host's memory (16 bytes per parameter of a rank, "
             f"{machine.free_host_bytes / _GIB:.0f} GiB are free); steps take longer",
             flags=("--deepspeed_config", str(_ROOT / "ds_configs" / "zero3_offload.json")),
-            lacking=no_gpu or ("the command names a --deepspeed_config of its own" if has_json else None),
+            lacking=no_gpu or _flag_problem("--deepspeed_config", command),
         ),
         Setting(
             MEMORY, "recompute", "the backward computes activations anew, a third more work, instead of keeping them",
@@ -115,8 +114,15 @@ def _recompute_lacking(command: Sequence[str]) -> str | None:
     name = "parallel.recompute_granularity"
     if name not in tree_options(ModelConfig):
         return "this version keeps all activations"
-    if any(word.split("=")[0] == f"--{name}" for word in command):
-        return f"the command has a --{name} of its own"
+    return _flag_problem(f"--{name}", command)
+
+
+def _flag_problem(flag: str, command: Sequence[str]) -> str | None:
+    """Why a flag cannot be added to the command."""
+    if command and not any("pretrain" in word for word in command):
+        return "the command is no launchers/pretrain.py, which alone knows the flag"
+    if any(word.split("=")[0] == flag for word in command):
+        return f"the command has a {flag} of its own"
     return None
 
 

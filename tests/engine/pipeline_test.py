@@ -125,23 +125,28 @@ def test_a_run_goes_on_under_another_layout(first: Layout, second: Layout, tmp_p
             assert float((ours - theirs).norm()) <= 1e-4 * float(theirs.norm()), (name, kind)
 
 
-def shared_weights(family: str, layout: Layout, folder: str) -> tuple[bool, list[str]]:
-    """Whether owner and copy are equal to the bit, trained and resumed; and the names in the checkpoint."""
+def shared_weight(run: ToyRun) -> torch.Tensor:
+    """This stage's embedding, whole: the owner's or the copy."""
     from gptoughts.engine.deepspeed_engine import gathered_for_reading
     from gptoughts.models.stages import shared_embedding_weight
 
-    run = ToyRun(family, layout, Path(folder))
-    assert all(result.applied for result in run.train(3))
-    folder_of_step = run.save()
-    seen = []
-    for engine_run in (run, ToyRun(family, layout, Path(folder))):
-        if engine_run is not run:
-            engine_run.resume()
-        weight = shared_embedding_weight(engine_run.engine.chunks)
-        assert weight is not None
-        with gathered_for_reading([weight]):
-            seen.append(weight.detach().clone())
-        engine_run.close()
+    weight = shared_embedding_weight(run.engine.chunks)
+    assert weight is not None
+    with gathered_for_reading([weight]):
+        return weight.detach().clone()
+
+
+def shared_weights(family: str, layout: Layout, folder: str) -> tuple[bool, list[str]]:
+    """Whether owner and copy are equal to the bit, trained and resumed; and the names in the checkpoint."""
+    trained = ToyRun(family, layout, Path(folder))
+    assert all(result.applied for result in trained.train(3))
+    folder_of_step = trained.save()
+    seen = [shared_weight(trained)]
+    trained.close()
+    resumed = ToyRun(family, layout, Path(folder))  # replaces the groups of the first
+    resumed.resume()
+    seen.append(shared_weight(resumed))
+    resumed.close()
     everyone = [torch.empty_like(seen[0]) for _ in range(torch.distributed.get_world_size())]
     found = []
     for weight in seen:

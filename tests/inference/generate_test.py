@@ -124,6 +124,7 @@ def test_what_cannot_be_answered_is_said(publish: Publish, tmp_path: Path) -> No
             ["steps=3 (command line): family gpt (Llama-style decoder) has no such option; it has: max_new_tokens",
              "temperature=-1.0 (command line): 0", "top_p=2.0 (command line): greater than 0"],
         ),
+        ([at, "--prompt=a", "--speculative"], ["speculative=True (command line): this model of the family gpt has no"]),
         ([at, "--prompt=" + "the cat sat " * 40], ["prompt 1: ", "the model's context is 64 tokens"]),
         ([f"--checkpoint={tmp_path}/none", "--prompt=a"], ["no such checkpoint"]),
     ]  # fmt: skip

@@ -127,16 +127,18 @@ def both_models(folder: str) -> dict[str, tuple[Any, Any]]:
 
 
 def test_the_harness_finds_the_same_with_its_own_class(publish: Publish) -> None:  # noqa: F811
-    source = publish("llama", dtype=torch.float32)
+    # As many entries as the tokenizer: of ids without a text the peer says nothing, and we never say them.
+    source = publish("llama", dtype=torch.float32, vocab_size=270)
     (found,) = run_distributed(both_models, 1, str(source))
     ours, theirs = found["loglikelihood"]
     assert [one[0] for one in ours] == pytest.approx([one[0] for one in theirs], rel=1e-4)
     assert [one[1] for one in ours] == [one[1] for one in theirs]
     ours, theirs = found["loglikelihood_rolling"]
     assert ours == pytest.approx(theirs, rel=1e-4)
-    ours, theirs = found["generate_until"]
-    assert ours == theirs
-    assert any(ours)
+    # Ours ends at an end-of-turn token too, and leaves halves of characters out.
+    pairs = [(one, other.replace("\ufffd", "")) for one, other in zip(*found["generate_until"], strict=True)]
+    assert all(other.startswith(one) for one, other in pairs)
+    assert sum(one == other != "" for one, other in pairs) >= 2
 
 
 def test_what_cannot_be_asked_is_said(tasks: Path, tokenizer_folder: Path, tmp_path: Path) -> None:  # noqa: F811

@@ -27,10 +27,14 @@ from tests.harness import SEQUENCE, Layout, toy_experiment
 STRONG = ("--model.vocab_size=384", "--model.init_method_std=0.15")
 """384: a multiple of 128, so that training has no padding in its softmax either. Weights with which tokens matter."""
 
+MASK = 2
+"""Third of the special tokens that ``train_tokenizer`` makes."""
+
 
 def build_toy(family: str, folder: Path) -> tuple[LanguageModel, ExperimentConfig]:
     """On this process alone."""
-    config = toy_experiment(family, Layout(extra=STRONG), folder).config
+    extra = STRONG if FAMILIES[family].is_causal else (*STRONG, f"--model.mask_token_id={MASK}")
+    config = toy_experiment(family, Layout(extra=extra), folder).config
     groups.initialize(config.parallel, seed=config.seed)
     model = FAMILIES[family].load_model_builder()(config, params_dtype=torch.float32)
     return model.eval(), config

@@ -190,11 +190,15 @@ def test_optimize_sets_what_the_machine_has(
     assert "NCCL: refused: InfiniBand is there" in captured.err
     assert "compile: refused: DeepCompile" in captured.err
     old = Machine(num_gpus=1, gpu_name="V100", capability=(7, 0), torch_version=(2, 6))
-    named = {one.name: one for one in optimize.settings(old, ["x", "--deepspeed_config=mine.json"])}
+    named = {one.name: one for one in optimize.settings(old, ["launchers/pretrain.py", "--deepspeed_config=mine.json"])}
     assert named["TF32"].lacking == "V100 has no TF32"
     assert named["one queue of kernels"].lacking == "one GPU only"
     assert "PYTORCH_CUDA_ALLOC_CONF" in named["allocator"].environment
     assert "of its own" in (named["offload"].lacking or "")
+    assert named["recompute"].lacking is None
+    assert named["recompute"].flags == ("--parallel.recompute_granularity", "full")
+    other = {one.name: one for one in optimize.settings(old, ["python", "mine.py"])}
+    assert all("no launchers/pretrain.py" in (other[name].lacking or "") for name in ("offload", "recompute"))
 
 
 def test_optimize_runs_a_command_with_its_settings() -> None:

@@ -13,11 +13,13 @@ import pytest
 import torch
 import transformers
 
+from gptoughts.checkpoint.huggingface.exporting import export_model
 from gptoughts.checkpoint.huggingface.formats import read_published
 from gptoughts.checkpoint.huggingface.tensor_files import TensorFolder
 from gptoughts.checkpoint.origin import read_origin
 from gptoughts.checkpoint.portable import CheckpointReader
 from gptoughts.config.cli import load_experiment
+from gptoughts.config.fp8 import is_fp8_state
 from gptoughts.data.tokenizer import tokenizer_file
 from gptoughts.errors import CheckpointError, ConfigError
 from gptoughts.models.registry import FAMILIES
@@ -192,3 +194,18 @@ def test_a_corpus_in_another_tokenizer_is_refused(corpus: Corpus, tmp_path: Path
     text["added_tokens"].append({**text["added_tokens"][0], "id": 512, "content": "<|further|>"})
     (source / "tokenizer.json").write_text(json.dumps(text), encoding="utf-8")
     assert pretrain.main(arguments) == 0
+
+
+def test_weights_pass_through_a_run_in_fp8(published: Path, tmp_path: Path) -> None:
+    """FP8's state is fresh beside published weights, and is left behind when they are exported."""
+    layout = Layout(precision="bf16", extra=("--use_fp8=true", "--fp8.backend=emulated", "--fp8.amax_history_len=4"))
+    ((_, saved, _, loss, _),) = run_distributed(start_and_step, 1, layout, str(published), str(tmp_path / "run"))
+    assert loss < 20
+    reader = CheckpointReader(Path(saved))
+    states = [name for name in reader.names("buffer") if is_fp8_state(name)]
+    assert len(states) == 4 * 4 * 2
+    for name in states:
+        assert (reader.full(name, "buffer") == (0.0 if "history" in name else 1.0)).all(), name
+    export_model(Path(saved), tmp_path / "exported")
+    before, after = TensorFolder(published), TensorFolder(tmp_path / "exported")
+    assert sorted(after.headers) == sorted(before.headers)

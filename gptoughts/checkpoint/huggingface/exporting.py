@@ -30,6 +30,7 @@ from gptoughts.checkpoint.portable import BUFFER, WEIGHT, CheckpointReader
 from gptoughts.checkpoint.safetensors_file import DTYPES, NAMES, TensorHeader
 from gptoughts.config.cli import from_yaml
 from gptoughts.config.experiment import ExperimentConfig
+from gptoughts.config.fp8 import is_fp8_state
 from gptoughts.data.tokenizer import load_tokenizer
 from gptoughts.errors import CheckpointError
 from gptoughts.models.registry import FAMILIES
@@ -112,7 +113,8 @@ def _published_reader(
 def export_problems(reader: CheckpointReader, entries: Sequence[Entry]) -> list[str]:
     """Every unknown, missing or wrong-shaped tensor of a checkpoint, by name."""
     expected = {(entry.ours, entry.kind): entry.our_shape for entry in entries}
-    found = {(name, kind) for kind in (WEIGHT, BUFFER) for name in reader.names(kind)}
+    # How the run was trained is no part of the model.
+    found = {(name, kind) for kind in (WEIGHT, BUFFER) for name in reader.names(kind) if not is_fp8_state(name)}
     problems = [f"{name}: unknown to this format" for name, _ in sorted(found - expected.keys())]
     for (name, kind), shape in expected.items():
         if (name, kind) not in found:
