@@ -7,7 +7,8 @@ import sys
 
 ALL = (
     "startup", "preprocess", "model_step", "train_step", "moe_step", "masked_head", "context", "diffusion",
-    "checkpoint", "guard", "plan", "decode", "fp8_step", "fp8_quality",
+    "zero_step", "zero_memory", "recompute", "checkpoint", "guard", "recovery", "plan", "decode", "fp8_step",
+    "fp8_quality",
 )  # fmt: skip
 
 

@@ -18,6 +18,7 @@ import argparse
 import json
 import statistics
 import tempfile
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,15 @@ PEERS = {"ZeRO-1": "DDP", "ZeRO-3": "FSDP2"}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def our_experiment(stage: int, precision: str, batch_size: int, folder: Path) -> Experiment:
+def our_experiment(
+    stage: int,
+    precision: str,
+    batch_size: int,
+    folder: Path,
+    *,
+    world_size: int = RANKS,
+    flags: Sequence[str] = (),
+) -> Experiment:
     """The 17M Llama shape under a ZeRO stage, as a command line gives it."""
     from gptoughts.config.cli import load_experiment
     from gptoughts.models.registry import FAMILIES
@@ -46,9 +55,9 @@ def our_experiment(stage: int, precision: str, batch_size: int, folder: Path) ->
     arguments = [
         "--model_type=gpt", f"--deepspeed_config={config}", f"--train.precision={precision}",
         f"--batch_size={batch_size}", f"--block_size={SHAPE.seq_length}", f"--output_dir={folder}",
-        *(f"--model.{name}={getattr(SHAPE, name)}" for name in shape),
+        *(f"--model.{name}={getattr(SHAPE, name)}" for name in shape), *flags,
     ]  # fmt: skip
-    return load_experiment(arguments, FAMILIES, world_size=RANKS)
+    return load_experiment(arguments, FAMILIES, world_size=world_size)
 
 
 def engine_step(stage: int, precision: str, batch_size: int) -> Step:

@@ -19,6 +19,8 @@ SMALLEST: dict[str, tuple[str, ...]] = {
     "train_step": FEW_STEPS,
     "moe_step": FEW_STEPS,
     "masked_head": FEW_STEPS,
+    "zero_step": FEW_STEPS,
+    "recompute": FEW_STEPS,
     "checkpoint": ("--rounds", "1"),
     "fp8_step": ("--steps", "1", "--warmup_steps", "0", "--batch_size", "1", "--block_size", "64"),
     "diffusion": (

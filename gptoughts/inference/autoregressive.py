@@ -154,10 +154,10 @@ class BatchGenerator:
         tokens = [request.new_ids[-1] for request in self.running]
         starts = [request.num_tokens - 1 for request in self.running]
         if self.decode_step is not None:
-            states = self.decode_step.states(tokens, starts, self.cache)[None]
+            logits = self.decode_step.logits(self.decode_step.states(tokens, starts, self.cache))
         else:
-            states = self._forward([[token] for token in tokens], starts, 0)
-        return self._advance(self.model.logits(states)[0], list(self.running))
+            logits = self.model.logits(self._forward([[token] for token in tokens], starts, 0))[0]
+        return self._advance(logits, list(self.running))
 
     def _forward(self, tokens: Sequence[list[int]], starts: Sequence[int], first_row: int) -> Tensor:
         """States [s, n, h] of rows of tokens, padded behind."""

@@ -67,6 +67,12 @@ class DecodeStep:
             x = layer.forward(x, kept, turn)
         return _norm(x, model.decoder.final_layernorm)
 
+    def logits(self, states: Tensor) -> Tensor:
+        """[b, h] to [b, whole vocabulary]."""
+        model = self.model
+        is_tied = model.share_embeddings_and_output_weights
+        return F.linear(states, model.shared_embedding_or_output_weight() if is_tied else model.output_layer.weight)
+
 
 class _Layer:
     """One layer; both halves add to the residual [b, h]."""

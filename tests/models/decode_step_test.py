@@ -14,9 +14,10 @@ PREFIX = 9
 
 
 @torch.inference_mode()
-def step_beside_modules(name: str, ragged: bool) -> tuple[float, float]:
+def step_beside_modules(name: str, ragged: bool, tied: bool = False) -> tuple[float, float]:
     """Errors of states over three steps, and of what is kept at the end."""
-    model = build(name, **({"q_lora_rank": None} if name == "mla" and ragged else {}))
+    changes = {"q_lora_rank": None} if name == "mla" and ragged else {}
+    model = build(name, untie_embeddings_and_output_weights=not tied, **changes)
     assert is_decodable(model)
     tokens = rows()
     caches = [KVCache.of_model(model, rows=len(LENGTHS), places=PLACES) for _ in range(2)]
@@ -33,6 +34,7 @@ def step_beside_modules(name: str, ragged: bool) -> tuple[float, float]:
     for number in range(3):
         now = [start + number for start in starts]
         found.append(step.states(tokens[:, number].tolist(), now, caches[1]))
+        assert error(step.logits(found[-1]), model.logits(expected[number][None])[0]) < TOLERANCE
     states = error(torch.stack(found), torch.stack(expected))
     layers = zip(caches[0].kept, caches[1].kept, strict=True)
     kept = max(error(a, b) for one, other in layers for a, b in zip(one, other, strict=True))
@@ -43,6 +45,11 @@ def step_beside_modules(name: str, ragged: bool) -> tuple[float, float]:
 @pytest.mark.parametrize("name", ["gpt", "mla", "deepseek"])
 def test_a_step_equals_the_modules(name: str, ragged: bool) -> None:
     (errors,) = run_distributed(step_beside_modules, 1, name, ragged)
+    assert max(errors) < TOLERANCE
+
+
+def test_one_matrix_for_both_ends() -> None:
+    (errors,) = run_distributed(step_beside_modules, 1, "gpt", False, True)
     assert max(errors) < TOLERANCE
 
 
