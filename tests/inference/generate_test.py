@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import os
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -169,7 +170,7 @@ class Speaker:
         self.heard.append(prompt)
         for piece in self.said.pop(0):
             if piece is None:
-                os.kill(os.getpid(), 2)
+                signal.raise_signal(signal.SIGINT)
             yield piece or ""
 
 
@@ -194,6 +195,15 @@ def conversation(speaker: Speaker, folder: Path) -> Any:
     return Conversation(ChatTemplate(load_tokenizer(folder), folder), speaker)
 
 
+@pytest.fixture
+def _ctrl_c() -> Iterator[None]:
+    """Python's own handler: a shell starts what it puts into the background with SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("_ctrl_c")
 def test_a_session_goes_on_after_an_interrupted_answer(
     tokenizer_folder: Path, capsys: pytest.CaptureFixture[str]  # noqa: F811
 ) -> None:  # fmt: skip
