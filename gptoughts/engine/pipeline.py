@@ -66,10 +66,14 @@ def run_schedule(
     Collective: tensor- and pipeline-parallel group, and under ZeRO 2 and 3 the data-parallel group.
     """
     from megatron.core.pipeline_parallel import get_forward_backward_func
+    from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
     def step(iterator: Iterator[Any], chunk: nn.Module) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Any]]]:
         return forward_step(chunk, next(iterator))
 
+    # A backward that no schedule ran leaves a scalar of 1 there, into which a schedule's [1] cannot be copied
+    # (transformer/moe/moe_utils.py:270 and 286, 0.16.1).
+    MoEAuxLossAutoScaler.main_loss_backward_scale = None
     run = get_forward_backward_func()
     with torch.set_grad_enabled(not is_forward_only):
         return run(
