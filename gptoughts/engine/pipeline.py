@@ -8,6 +8,7 @@ that DeepSpeed wraps, and the schedule is handed a :class:`ChunkProxy` per chunk
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -66,16 +67,12 @@ def run_schedule(
     Collective: tensor- and pipeline-parallel group, and under ZeRO 2 and 3 the data-parallel group.
     """
     from megatron.core.pipeline_parallel import get_forward_backward_func
-    from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
     def step(iterator: Iterator[Any], chunk: nn.Module) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Any]]]:
         return forward_step(chunk, next(iterator))
 
-    # A backward that no schedule ran leaves a scalar of 1 there, into which a schedule's [1] cannot be copied
-    # (transformer/moe/moe_utils.py:270 and 286, 0.16.1).
-    MoEAuxLossAutoScaler.main_loss_backward_scale = None
     run = get_forward_backward_func()
-    with torch.set_grad_enabled(not is_forward_only):
+    with torch.set_grad_enabled(not is_forward_only), _own_balance_scale():
         return run(
             forward_step_func=step,
             data_iterator=[iter(microbatches) for _ in proxies],
@@ -85,6 +82,22 @@ def run_schedule(
             micro_batch_size=micro_batch_size,
             forward_only=is_forward_only,
         )
+
+
+@contextmanager
+def _own_balance_scale() -> Iterator[None]:
+    """Inside, balance losses have the scale that the schedule gives them; none is taken over, and none left behind.
+
+    megatron-core keeps it for the process. A backward that no schedule ran leaves a scalar, into which a schedule's
+    scale of shape [1] cannot be copied (transformer/moe/moe_utils.py:270 and 286, 0.16.1).
+    """
+    from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+
+    MoEAuxLossAutoScaler.main_loss_backward_scale = None
+    try:
+        yield
+    finally:
+        MoEAuxLossAutoScaler.main_loss_backward_scale = None
 
 
 def is_last_stage() -> bool:
