@@ -11,7 +11,6 @@ about 31.5 and 25.5 dB where nothing saturates or underflows, for any distributi
 from __future__ import annotations
 
 import json
-import os
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from typing import Any
 from gptoughts.config.experiment import Fp8Config
 from gptoughts.config.fp8 import FROM_REPORT
 from gptoughts.errors import DataError
+from gptoughts.platform.figure import save_figure
 
 REPORT_FILE = "fp8.jsonl"
 PICTURE_FILE = "fp8.png"
@@ -145,16 +145,7 @@ def draw(lines: Sequence[dict[str, Any]], output: Path) -> Path:
     for label, name in zip(panels[0].get_yticklabels(), names, strict=True):
         label.set_color("firebrick" if name in failing else "black")
     figure.colorbar(image, ax=panels, label="signal to noise of the cast, dB above what is needed")
-    temporary = output.with_name(output.name + ".partial")
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(temporary, dpi=110, format="png")
-        os.replace(temporary, output)
-    except OSError as error:
-        raise DataError(f"{output}: cannot be written: {error.strerror}") from None
-    finally:
-        pyplot.close(figure)
-    return output
+    return save_figure(figure, output, dpi=110)
 
 
 def _number(value: float | None) -> float:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from gptoughts.errors import DataError
+from gptoughts.platform.figure import save_figure
 from gptoughts.training.events import Event, read_events
 from gptoughts.training.metrics import METRICS_FILE, read_metrics
 
@@ -74,16 +74,7 @@ def draw_runs(runs: Sequence[Path], output: Path, *, x: str = "tokens") -> Path:
     axes.set_ylabel("loss (nats per token)")
     axes.grid(alpha=0.3)
     axes.legend()
-    temporary = output.with_name(output.name + ".partial")
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(temporary, dpi=120, format="png")
-        os.replace(temporary, output)
-    except OSError as error:
-        raise DataError(f"{output}: cannot be written: {error.strerror}") from None
-    finally:
-        pyplot.close(figure)
-    return output
+    return save_figure(figure, output, dpi=120)
 
 
 def _draw_validation(axes: Any, valid: list[dict[str, Any]], key: str, scale: float, name: str, colour: str) -> None:
