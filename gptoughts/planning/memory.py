@@ -51,6 +51,8 @@ class RankMemory:
     """Gathered weights, buckets and operators' temporaries at the fullest moment."""
     host: int = 0
     """In the host's memory: offload, and the stability guard's snapshot."""
+    disk: int = 0
+    """On the disk of an offload to NVMe: state, gradients of the step, and copies of the state."""
 
     @property
     def total(self) -> int:
@@ -151,7 +153,8 @@ def buffer_bytes(
             update += zero.communication_width * bucket
             backward += width * gathered_elements(division, zero, layer_elements)
     if zero.offloads_optimizer:
-        update = 0.0  # in the host's memory
+        # In the host's memory; but on their way to a disk gradients pass the device (DeepSpeed 0.19.8, stage3.py:1467).
+        update = _FP32 * division.part if zero.swaps_optimizer else 0.0
     return int(max(backward, update - kept))
 
 
@@ -260,26 +263,47 @@ def rank_memory(needs: StageNeeds, zero: ZeroSettings, width: int) -> RankMemory
         # The copy of an embedding has an fp32 gradient during a step.
         temporaries=needs.temporaries + _FP32 * needs.copied_elements + cut_gradient_bytes(needs, zero, width),
     )
-    on_host = [name for name, is_there in _offloaded(zero).items() if is_there]
+    places = _places(zero)
+    by_place = {place: sum(state[name] for name in state if places[name] == place) for place in ("host", "disk")}
+    if zero.swaps_optimizer:
+        by_place["disk"] += _FP32 * needs.division.part  # gradients, on their way to the update
     return RankMemory(
-        **{name: 0 if name in on_host else int(count) for name, count in state.items()},
+        **{name: int(count) if places[name] == "device" else 0 for name, count in state.items()},
         activations=needs.kept - needs.logits,
         logits=needs.logits,
         buffers=buffers,
-        host=int(sum(state[name] for name in on_host)),
+        host=int(by_place["host"] + swap_buffer_bytes(needs, zero, width)),
+        disk=int(by_place["disk"]),
     )
 
 
-def _offloaded(zero: ZeroSettings) -> dict[str, bool]:
-    """Whether weights, gradients and optimizer state are in the host's memory.
+def _places(zero: ZeroSettings) -> dict[str, str]:
+    """Whether weights, gradients and optimizer state are on the device, in the host's memory or on a disk.
 
-    Stage 1 keeps whole gradients on the device; from stage 2 on each rank's part goes where the optimizer is.
+    Stage 1 keeps whole gradients on the device; from stage 2 on each rank's part goes where the optimizer is, or into
+    the host's memory where that is on a disk.
     """
+    optimizer = "disk" if zero.swaps_optimizer else "host" if zero.offloads_optimizer else "device"
     return {
-        "parameters": zero.offloads_parameters,
-        "gradients": zero.offloads_optimizer and zero.stage >= 2,
-        "optimizer": zero.offloads_optimizer,
+        "parameters": "disk" if zero.swaps_parameters else "host" if zero.offloads_parameters else "device",
+        "gradients": "host" if zero.offloads_optimizer and zero.stage >= 2 else "device",
+        "optimizer": optimizer,
     }
+
+
+def swap_buffer_bytes(needs: StageNeeds, zero: ZeroSettings, width: int) -> int:
+    """The host's memory through which state goes to the disk and comes from it.
+
+    A sub-group ends with the tensor that fills it, so that it is larger by up to one. Of weights there are this rank's
+    parts of all that is gathered, and one sub-group on its way out.
+    """
+    part = needs.division.part
+    sub_group = min(part, zero.sub_group_elements + needs.tensor_elements / needs.division.data)
+    found = zero.num_swap_buffers * _FP32 * sub_group if zero.swaps_optimizer else 0.0
+    if zero.swaps_parameters:
+        gathered = gathered_elements(needs.division, zero, needs.layer_elements) / needs.division.data
+        found += width * (sub_group + gathered)
+    return int(found)
 
 
 def largest_memory(config: ExperimentConfig, zero: ZeroSettings, needs: Sequence[StageNeeds]) -> RankMemory:
@@ -289,4 +313,8 @@ def largest_memory(config: ExperimentConfig, zero: ZeroSettings, needs: Sequence
     memory = rank_memory(fullest, zero, width)
     stability = config.stability
     has_snapshot = stability.enabled and stability.snapshot_interval_steps > 0
-    return replace(memory, host=memory.host + has_snapshot * snapshot_bytes(fullest.division, zero))
+    copy = snapshot_bytes(fullest.division, zero)
+    if zero.swaps_optimizer:
+        # Copies of what is on a disk are made there (StateFragment.empty_copy), also what a save is written from.
+        return replace(memory, disk=memory.disk + copy * (has_snapshot + config.checkpoint.asynchronous))
+    return replace(memory, host=memory.host + has_snapshot * copy)
