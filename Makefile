@@ -21,6 +21,7 @@ PROMPT      ?= def read_lines(path):
 ARGS        ?=
 # Tests run in this many processes; each keeps pools of up to four ranks, about 6 GB in all.
 TEST_WORKERS ?= 2
+GPU_TEST_WORKERS ?= 4
 PYTEST      = $(BIN)/python -m pytest -q -n $(TEST_WORKERS) --dist worksteal
 VOCAB_SIZE  ?= 8192
 CORPUS      ?= data_cache/stdlib-$(VOCAB_SIZE)
@@ -36,7 +37,7 @@ DEV         := $(VENV)/.installed-dev
 TOKENIZER   := $(CORPUS)/tokenizer/tokenizer.json
 DATA        := $(CORPUS)/python
 
-.PHONY: help install corpus pretrain sample plot test test-all parity check bench clean
+.PHONY: help install corpus pretrain sample plot test test-all test-gpu parity check bench clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -75,6 +76,9 @@ sample: $(INSTALLED)  ## continue PROMPT with the newest checkpoint of RUN
 
 plot: $(INSTALLED)  ## draw the loss curve of RUN
 	$(BIN)/python tools/plot_run.py $(RUN)
+
+test-gpu: $(DEV)  ## what a GPU alone can show, on the first one of this machine
+	TEST_GPU=1 CUDA_VISIBLE_DEVICES=0 $(BIN)/python -m pytest -q -n $(GPU_TEST_WORKERS) tests/gpu
 
 test: $(DEV)  ## all tests but the slow ones
 	$(PYTEST) -m "not slow"

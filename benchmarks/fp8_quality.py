@@ -2,8 +2,9 @@
 
     python -m benchmarks.fp8_quality --data data_cache/stdlib-8192/python --steps 300
 
-Every run is the launcher's own, in a process of its own, FP8 emulated. What is compared is the validation loss after
-the last step, over the same samples; the claim is that FP8's is at most 1% above (docs/fp8.md).
+Every run is the launcher's own, in a process of its own; ``--backends te emulated`` compares both on a GPU. What is
+compared is the validation loss after the last step, over the same samples; the claim is that FP8's is at most 1% above
+(docs/fp8.md).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from benchmarks.corpus import random_corpus
@@ -20,7 +22,6 @@ from gptoughts.models.registry import FAMILIES
 from gptoughts.training.metrics import METRICS_FILE, read_metrics
 
 ROOT = Path(__file__).parent.parent
-FP8 = ("--use_fp8=true", "--fp8.backend=emulated")
 
 
 def validation_loss(family: str, output: Path, arguments: argparse.Namespace, flags: tuple[str, ...]) -> float:
@@ -45,6 +46,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--block_size", type=int, default=512)
+    parser.add_argument("--backends", nargs="+", default=["emulated"], choices=("emulated", "te"))
+    parser.add_argument("--jobs", type=int, default=1, help="runs at the same time")
     parser.add_argument("--samples", type=int, default=64, help="validation samples")
     parser.add_argument("--flags", nargs="*", default=[], help="further flags of the launcher, for both runs")
     arguments = parser.parse_args()
@@ -53,10 +56,21 @@ def main() -> None:
         if arguments.data is None:
             random_corpus(folder / "corpus_valid", num_tokens=100_000, vocab_size=8192)
             arguments.data = str(random_corpus(folder / "corpus", num_tokens=1_000_000, vocab_size=8192))
-        for family in arguments.families:
-            plain = validation_loss(family, folder / f"{family}-bf16", arguments, ())
-            fp8 = validation_loss(family, folder / f"{family}-fp8", arguments, FP8)
-            print(f"{family}: validation loss bf16 {plain:.4f}, FP8 {fp8:.4f}: {fp8 / plain - 1:+.2%}", flush=True)
+        ways = {"bf16": ()} | {
+            backend: ("--use_fp8=true", f"--fp8.backend={backend}") for backend in arguments.backends
+        }
+        with ThreadPoolExecutor(arguments.jobs) as pool:
+            runs = {
+                (family, way): pool.submit(validation_loss, family, folder / f"{family}-{way}", arguments, flags)
+                for family in arguments.families
+                for way, flags in ways.items()
+            }
+            for family in arguments.families:
+                plain = runs[family, "bf16"].result()
+                for backend in arguments.backends:
+                    fp8 = runs[family, backend].result()
+                    found = f"bf16 {plain:.4f}, FP8 ({backend}) {fp8:.4f}: {fp8 / plain - 1:+.2%}"
+                    print(f"{family}: validation loss {found}", flush=True)
 
 
 if __name__ == "__main__":

@@ -100,6 +100,8 @@ def text_rows(count: int, width: int) -> np.ndarray:
 
 def step_microbatches(experiment: Experiment, objective: Objective, step: int, data_rank: int) -> list[ModelInputs]:
     """This data-parallel rank's microbatches of one step, cut from the same global batch in every layout."""
+    from gptoughts.platform import device
+
     rows = experiment.config.batch_size or 1
     first = step * experiment.samples_per_step
     length = experiment.config.block_size or SEQUENCE
@@ -108,7 +110,8 @@ def step_microbatches(experiment: Experiment, objective: Objective, step: int, d
     for microbatch in range(experiment.num_microbatches):
         start = first + (microbatch * experiment.data_parallel_size + data_rank) * rows
         indices = np.arange(start, start + rows)
-        found.append(objective.prepare(torch.from_numpy(everything[indices]), torch.from_numpy(indices)))
+        batch = objective.prepare(torch.from_numpy(everything[indices]), torch.from_numpy(indices))
+        found.append(batch.to(device.current_device()))
     return found
 
 
@@ -120,14 +123,14 @@ class ToyRun:
         from gptoughts.checkpoint.manager import CheckpointManager
         from gptoughts.engine.lr_schedule import build_schedule
         from gptoughts.parallel import groups
-        from gptoughts.platform import determinism
+        from gptoughts.platform import determinism, device
         from gptoughts.training.setup import build_engine
 
         determinism.enable()
         self.experiment = toy_experiment(family, layout, folder, steps=steps)
         config = self.experiment.config
         groups.initialize(config.parallel, seed=config.seed)
-        token_bytes = torch.ones(config.model.padded_vocab_size, dtype=torch.int64)
+        token_bytes = torch.ones(config.model.padded_vocab_size, dtype=torch.int64, device=device.current_device())
         self.engine, self.objective, self.parameters = build_engine(self.experiment, token_bytes)
         self.learning_rate = build_schedule(config.optim, steps=steps)
         self.data_rank = groups.data_parallel_rank()

@@ -108,6 +108,9 @@ class TrainConfig:
     """Save and leave at this step, with schedules as for the whole run (as a preempted job does)."""
     precision: Literal["fp32", "bf16", "fp16"] | None = None
     """Precision of forward and backward; unset: the JSON's bf16/fp16 block, else bf16."""
+    transformer_impl: Literal["auto", "transformer_engine", "local"] = "auto"
+    """Whose linear layers, norms and attention: Transformer Engine's, or ours on torch (local). auto: Transformer
+    Engine's where it runs, but for a run in emulated FP8."""
     valid_interval_steps: int = 100
     """Validate every so many steps (and at the end); 0: at the end only."""
     valid_samples: int = 64

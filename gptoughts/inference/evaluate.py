@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from gptoughts.parallel import groups
 
     is_world_ours = not dist.is_initialized()
-    loaded = load_model(options.checkpoint, tensor_size=options.tensor_size)
+    loaded = load_model(options.checkpoint, precision=options.precision, tensor_size=options.tensor_size)
     try:
         corpora = _evaluate_corpora(options, loaded) if options.data else []
         tasks = _evaluate_tasks(options, loaded) if options.tasks else None

@@ -14,6 +14,7 @@ from gptoughts.checkpoint import layout
 from gptoughts.checkpoint.origin import origin_tokenizer, read_origin
 from gptoughts.data.indexed import index_path
 from gptoughts.errors import CheckpointError, ConfigError, DataError
+from gptoughts.inference.precisions import PRECISIONS
 from gptoughts.models.registry import FAMILIES
 
 METHODS = ("monte_carlo", "chain_rule")
@@ -39,6 +40,8 @@ class Options:
     """Of masked diffusion."""
     num_samples: int | None
     seed: int
+    precision: str | None
+    """Of weights and products; None: the device's usual one."""
     tensor_size: int
     output: Path | None
     tasks: tuple[str, ...]
@@ -85,6 +88,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--num_samples", type=int, metavar="N", help="of monte_carlo: masks per row or answer, an even number "
         f"(default: {CORPUS_SAMPLES} for --data, {TASK_SAMPLES} for --tasks)")  # fmt: skip
     add("--seed", type=int, help="of monte_carlo: draws the masks (default: 0)")
+    add("--precision", choices=PRECISIONS, help="of weights and products (default: bf16 on a GPU, fp32 on a CPU)")
     add("--parallel.tensor", type=int, default=1, dest="tensor", metavar="RANKS", help="ranks that divide each layer; "
         "what they leave of the world share the texts (default: 1)")  # fmt: skip
     add("--tasks", metavar="NAME[,NAME]", help="tasks of the lm-evaluation-harness (pip install -e '.[eval]')")
@@ -148,6 +152,7 @@ def read_options(argv: Sequence[str] | None) -> Options:
         method=given.method or METHODS[0],
         num_samples=given.num_samples,
         seed=given.seed or 0,
+        precision=given.precision,
         tensor_size=given.tensor,
         output=given.output,
         is_causal=family.is_causal,

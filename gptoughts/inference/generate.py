@@ -121,7 +121,7 @@ def _run(arguments: argparse.Namespace, texts: list[str], family: Family, comman
     from gptoughts.inference.loading import load_model
 
     way = way_of(family)
-    loaded = load_model(arguments.checkpoint)
+    loaded = load_model(arguments.checkpoint, precision=arguments.precision)
     template = None
     if arguments.chat:
         from gptoughts.inference.chat import PLAIN_STOP, ChatTemplate

@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import docstring_parser
 
 from gptoughts.errors import ConfigError
+from gptoughts.inference.precisions import PRECISIONS
 from gptoughts.inference.ways import Way, way_of
 from gptoughts.models.family import Family
 
@@ -82,6 +83,9 @@ def build_parser(families: Mapping[str, Family]) -> argparse.ArgumentParser:
     parser.add_argument("--system", metavar="TEXT", help="with --chat: what the system says first")
     parser.add_argument(
         "--interactive", action="store_true", help="ask again and again; with --chat as one conversation"
+    )
+    parser.add_argument(
+        "--precision", choices=PRECISIONS, help="of weights and products [bf16 on a GPU, fp32 on a CPU]"
     )
     by_way: dict[str, tuple[Way, list[str]]] = {}
     for family in families.values():

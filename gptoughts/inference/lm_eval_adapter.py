@@ -46,6 +46,7 @@ class GptoughtsLM(TemplateLM):
         num_samples: Of monte_carlo.
         seed: Of monte_carlo.
         truncate_prompts: Cut prompts that do not fit into the context from the left; else they are refused.
+        precision: Of weights and products, fp32 or bf16.
         max_gen_toks: Tokens of an answer where the task does not say.
         device: What the harness was told; nothing but this process's device can be.
     Raises:
@@ -62,6 +63,7 @@ class GptoughtsLM(TemplateLM):
         num_samples: int | None = None,
         seed: int | None = None,
         truncate_prompts: bool = False,
+        precision: str | None = None,
         max_gen_toks: int = 256,
         device: str | None = None,
     ) -> None:
@@ -69,7 +71,7 @@ class GptoughtsLM(TemplateLM):
         self.loaded = (
             checkpoint
             if isinstance(checkpoint, LoadedModel)
-            else load_model(Path(checkpoint), tensor_size=int(tensor_parallel))
+            else load_model(Path(checkpoint), precision=precision, tensor_size=int(tensor_parallel))
         )
         here = platform_device.current_device()
         if device is not None and device.split(":")[0] != here.type:

@@ -24,11 +24,15 @@ from gptoughts.config.experiment import ExperimentConfig, ParallelConfig
 from gptoughts.data.tokenizer import Tokenizer, load_tokenizer
 from gptoughts.engine.interface import StateFragment
 from gptoughts.errors import CheckpointError, ConfigError
+from gptoughts.inference.precisions import PRECISIONS
 from gptoughts.models.initialization import partition_of
 from gptoughts.models.language_model import global_buffer_names, global_parameter_names
 from gptoughts.models.registry import FAMILIES
 from gptoughts.parallel import groups
 from gptoughts.platform import device
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+assert tuple(_DTYPES) == PRECISIONS
 
 
 @dataclass(frozen=True)
@@ -47,12 +51,12 @@ class LoadedModel:
         return self.config.block_size or self.config.model.seq_length
 
 
-def load_model(path: Path, *, dtype: torch.dtype | None = None, tensor_size: int | None = None) -> LoadedModel:
+def load_model(path: Path, *, precision: str | None = None, tensor_size: int | None = None) -> LoadedModel:
     """Read a run's newest checkpoint, the one at ``path``, or a Hugging Face folder.
 
     Args:
         path: Where it is.
-        dtype: Of the weights; unset: bf16 on CUDA, fp32 on a CPU.
+        precision: Of weights and products, of ``PRECISIONS``; unset: bf16 on CUDA, fp32 on a CPU.
         tensor_size: Ranks that divide each layer; what they leave of the world are replicas. Unset: the whole world.
 
     Raises:
@@ -67,12 +71,18 @@ def load_model(path: Path, *, dtype: torch.dtype | None = None, tensor_size: int
     folder = path if is_huggingface(path) else layout.locate(path)
     if not (folder / layout.TOKENIZER).is_file():
         raise CheckpointError(f"{folder}: carries no {layout.TOKENIZER}, so prompts cannot be read")
-    # FP8 is a way to train: checkpoints hold the weights that it rounds.
-    config = dataclasses.replace(read_config(folder), parallel=ParallelConfig(tensor=tensor_size), use_fp8=False)
+    config = read_config(folder)
+    config = dataclasses.replace(
+        config,
+        parallel=ParallelConfig(tensor=tensor_size),
+        # FP8 is a way to train: checkpoints hold the weights that it rounds.
+        use_fp8=False,
+        # Our layers are those that decode from a cache.
+        train=dataclasses.replace(config.train, transformer_impl="local"),
+    )
     _check_division(config)
     groups.initialize(config.parallel, seed=config.seed)
-    if dtype is None:
-        dtype = torch.bfloat16 if device.is_cuda() else torch.float32
+    dtype = _DTYPES[precision or ("bf16" if device.is_cuda() else "fp32")]
     if is_huggingface(folder):
         weights: HuggingFaceWeights | CheckpointReader = HuggingFaceWeights(folder)
     else:

@@ -127,13 +127,13 @@ class Fp8Products:
 
 def prepare_fp8(transformer_config: Any, config: ExperimentConfig) -> None:
     """What megatron-core's configuration has to say before modules are made from it; nothing without FP8."""
-    if config.use_fp8 and choose_backend(config.fp8).name == "te":
+    if config.use_fp8 and choose_backend(config).name == "te":
         te_backend.configure(transformer_config, DelayedScaling.of(config.fp8))
 
 
 def switch_on_fp8(model: nn.Module, config: ExperimentConfig) -> Fp8Products | None:
     """Let the chunk's products run in FP8 from its next forward on; None where the run is without FP8."""
-    return Fp8Products(model, config, choose_backend(config.fp8).name) if config.use_fp8 else None
+    return Fp8Products(model, config, choose_backend(config).name) if config.use_fp8 else None
 
 
 _Switch = tuple[Callable[[DelayedScaling], ScalingState], Callable[[], None]]

@@ -16,7 +16,7 @@ class _EverythingOnMeta(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in _default_device._device_constructors():
+        if func in _default_device._device_constructors() or kwargs.get("device") is not None:
             kwargs["device"] = "meta"
         return func(*args, **kwargs)
 

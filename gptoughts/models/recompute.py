@@ -34,7 +34,6 @@ from torch import Tensor, nn
 
 from gptoughts.config.experiment import ParallelConfig
 from gptoughts.config.recompute import recomputed_modules
-from gptoughts.platform import device
 
 
 def is_recomputing() -> bool:
@@ -60,7 +59,7 @@ def run_again(config: TransformerConfig, function: Callable[..., Any], *inputs: 
     if not torch.is_grad_enabled():
         return function(*inputs)
     function = _drawing_from_the_same_state(function)
-    if config.fp8 and device.is_transformer_engine_usable():
+    if config.fp8 and config.transformer_impl == "transformer_engine":
         # Its own, which keeps the scales of the first pass for the second.
         from megatron.core.extensions.transformer_engine import te_checkpoint
 

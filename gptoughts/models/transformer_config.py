@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 from torch import Tensor
 
-from gptoughts.config.experiment import ParallelConfig
+from gptoughts.config.experiment import ExperimentConfig, ParallelConfig
 from gptoughts.config.model import ModelConfig
 from gptoughts.config.pipeline import chunk_layers
 from gptoughts.models.expert_shape import ExpertFields
@@ -19,6 +19,7 @@ from gptoughts.models.mla.config import MLAConfig
 from gptoughts.models.recompute import recompute_fields
 from gptoughts.models.yarn import YarnFields
 from gptoughts.platform import device
+from gptoughts.precision.backend import choose_transformer_impl
 
 
 def leave_uninitialized(weight: Tensor) -> None:
@@ -26,17 +27,20 @@ def leave_uninitialized(weight: Tensor) -> None:
 
 
 def transformer_config(
-    model: ModelConfig, parallel: ParallelConfig, *, params_dtype: torch.dtype, **family_fields: Any
+    config: ExperimentConfig, *, params_dtype: torch.dtype, **family_fields: Any
 ) -> TransformerConfig:
     """megatron-core's configuration of any shape; an ``MLATransformerConfig`` where the attention is latent.
 
     Args:
-        model: The shape.
-        parallel: The layout.
+        config: The run: its shape, its layout, and whose layers it takes.
         params_dtype: Dtype of the parameters.
         family_fields: Fields of megatron-core's configuration that a family sets by itself; they win.
     """
-    fields = _common_fields(model, parallel, params_dtype)
+    model, impl = config.model, choose_transformer_impl(config)
+    fields = _common_fields(model, config.parallel, params_dtype) | {
+        "transformer_impl": impl,
+        "persist_layer_norm": impl == "transformer_engine",
+    }
     if isinstance(model, ExpertFields):
         fields |= _expert_fields(model)
     with warnings.catch_warnings():
@@ -139,7 +143,6 @@ def _common_fields(model: ModelConfig, parallel: ParallelConfig, params_dtype: t
         "masked_softmax_fusion": False,
         "gradient_accumulation_fusion": False,
         "apply_rope_fusion": False,
-        "persist_layer_norm": device.is_transformer_engine_usable(),
         "cross_entropy_loss_fusion": False,
         "calculate_per_token_loss": False,
     }

@@ -30,11 +30,14 @@ from gptoughts.config.model import ModelConfig
 from gptoughts.models.expert_shape import ExpertFields
 from gptoughts.models.flops import StageParameters, stage_parameters
 from gptoughts.planning import activations
+from gptoughts.planning.fp8 import scaling_bytes
 from gptoughts.planning.layers import WIDTHS, Microbatch, microbatch
 from gptoughts.planning.zero import ZeroSettings
 
 _FP32 = 4
 _MOMENTS = 8
+_COPIES_OF_BUFFERS = 2
+"""The engine copies them before each step, so that a step can be refused (``engine.deepspeed_engine``)."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,8 @@ class RankMemory:
     """Of them activations that the output layer and the loss keep (0 before the last stage); counted once, here."""
     buffers: int
     """Gathered weights, buckets and operators' temporaries at the fullest moment."""
+    scaling: int = 0
+    """FP8's histories and scales, with the copy that a step begins with (``planning.fp8``)."""
     host: int = 0
     """In the host's memory: offload, and the stability guard's snapshot."""
     disk: int = 0
@@ -57,7 +62,8 @@ class RankMemory:
     @property
     def total(self) -> int:
         """On the device."""
-        return self.parameters + self.gradients + self.optimizer + self.activations + self.logits + self.buffers
+        state = self.parameters + self.gradients + self.optimizer + self.scaling
+        return state + self.activations + self.logits + self.buffers
 
 
 @dataclass(frozen=True)
@@ -108,7 +114,7 @@ def state_bytes(division: Division, zero: ZeroSettings, width: int) -> dict[str,
 
 
 def snapshot_bytes(division: Division, zero: ZeroSettings) -> int:
-    """The stability guard's copy of fp32 weights and moments (``training.snapshot``)."""
+    """Of fp32 weights and moments in the stability guard's snapshot (``training.snapshot``), which has buffers, too."""
     return (_FP32 + _MOMENTS) * int(division.part if zero.stage >= 1 else division.whole)
 
 
@@ -186,6 +192,8 @@ class StageNeeds:
     """Parameters of the largest layer on a rank."""
     tensor_elements: int = 0
     """Parameters of the largest tensor on a rank."""
+    scaling: int = 0
+    """Bytes of FP8's histories and scales."""
 
 
 def cut_gradient_bytes(needs: StageNeeds, zero: ZeroSettings, width: int) -> int:
@@ -239,6 +247,7 @@ def stage_needs(
                 copied_elements=model.embedding_parameters() // parallel.tensor if is_copied else 0,
                 layer_elements=layer_elements,
                 tensor_elements=largest_tensor(model, parallel),
+                scaling=scaling_bytes(config, stage),
             )
         )
     return found
@@ -272,6 +281,7 @@ def rank_memory(needs: StageNeeds, zero: ZeroSettings, width: int) -> RankMemory
         activations=needs.kept - needs.logits,
         logits=needs.logits,
         buffers=buffers,
+        scaling=_COPIES_OF_BUFFERS * needs.scaling,
         host=int(by_place["host"] + swap_buffer_bytes(needs, zero, width)),
         disk=int(by_place["disk"]),
     )
@@ -314,7 +324,8 @@ def largest_memory(config: ExperimentConfig, zero: ZeroSettings, needs: Sequence
     stability = config.stability
     has_snapshot = stability.enabled and stability.snapshot_interval_steps > 0
     copy = snapshot_bytes(fullest.division, zero)
+    host = memory.host + has_snapshot * fullest.scaling
     if zero.swaps_optimizer:
         # Copies of what is on a disk are made there (StateFragment.empty_copy), also what a save is written from.
-        return replace(memory, disk=memory.disk + copy * (has_snapshot + config.checkpoint.asynchronous))
-    return replace(memory, host=memory.host + has_snapshot * copy)
+        return replace(memory, host=host, disk=memory.disk + copy * (has_snapshot + config.checkpoint.asynchronous))
+    return replace(memory, host=host + has_snapshot * copy)

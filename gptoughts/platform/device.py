@@ -143,36 +143,37 @@ def supports_precision(dtype: torch.dtype) -> bool:
     return dtype in (torch.float32, torch.bfloat16)
 
 
-@cache
-def is_transformer_engine_usable() -> bool:
-    """Whether Transformer Engine imports and a device of a supported capability (8.0 or newer) is there."""
-    if not is_cuda() or torch.cuda.get_device_capability() < (8, 0):
-        return False
-    try:
-        import transformer_engine.pytorch  # noqa: F401
-    except (ImportError, OSError):
-        # OSError: the package is there but a shared library it loads is not.
-        return False
-    return True
-
-
+TRANSFORMER_ENGINE_CAPABILITY = (8, 0)
+"""Least compute capability of a GPU for Transformer Engine's layers."""
 FP8_CAPABILITY = (8, 9)
 """Least compute capability of a GPU with FP8 tensor cores."""
 
 
 @cache
+def transformer_engine_obstacle() -> str | None:
+    """Why Transformer Engine's layers cannot run here, half a sentence; None: they can."""
+    return _capability_obstacle("Transformer Engine", TRANSFORMER_ENGINE_CAPABILITY) or _import_obstacle()
+
+
+@cache
 def fp8_obstacle() -> str | None:
     """Why Transformer Engine cannot compute in FP8 here, half a sentence; None: it can."""
-    least = ".".join(map(str, FP8_CAPABILITY))
+    return _capability_obstacle("Transformer Engine's FP8", FP8_CAPABILITY) or _import_obstacle()
+
+
+def _capability_obstacle(what: str, least: tuple[int, int]) -> str | None:
+    wanted = f"{what} needs a GPU of compute capability {least[0]}.{least[1]} or newer, and "
     if not is_cuda():
-        return f"Transformer Engine's FP8 needs a GPU of compute capability {least} or newer, and this is a CPU"
-    capability = torch.cuda.get_device_capability()
-    if capability < FP8_CAPABILITY:
-        found = ".".join(map(str, capability))
-        return f"FP8 needs compute capability {least} or newer, and {torch.cuda.get_device_name()} has {found}"
+        return f"{wanted}this is a CPU"
+    found = torch.cuda.get_device_capability()
+    return f"{wanted}{torch.cuda.get_device_name()} has {found[0]}.{found[1]}" if found < least else None
+
+
+def _import_obstacle() -> str | None:
     try:
         import transformer_engine.pytorch  # noqa: F401
-    except (ImportError, OSError) as error:
+    except (ImportError, OSError, RuntimeError) as error:
+        # OSError: the package is there but a shared library it loads is not; RuntimeError: half of it is installed.
         return f"transformer_engine.pytorch cannot be imported: {error}"
     return None
 

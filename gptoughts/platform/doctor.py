@@ -134,7 +134,8 @@ def _check_device() -> list[Finding]:
 
     from gptoughts.platform import device
 
-    engine = "usable" if device.is_transformer_engine_usable() else "not usable here; our own layers are used"
+    obstacle = device.transformer_engine_obstacle()
+    engine = "usable" if obstacle is None else f"not usable here ({obstacle}); our own layers are used"
     findings = [
         Finding("device", device.describe()),
         Finding("backend", device.communication_backend()),

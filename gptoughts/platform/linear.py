@@ -8,6 +8,7 @@ Legend: s sequence, b microbatch, i inputs, o outputs on this rank.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -47,10 +48,17 @@ def parallel_linear(
 
     Collective: ``tp_group``, with either of the two flags.
     """
+    assert_plain(gradient_accumulation_fusion, grad_output_buffer, upstream_options)
+    return _Linear.apply(input, weight, bias, tp_group, allreduce_dgrad, sequence_parallel)
+
+
+def assert_plain(
+    gradient_accumulation_fusion: bool, grad_output_buffer: list[Tensor] | None, upstream_options: Mapping[str, Any]
+) -> None:
+    """That a layer asks for nothing that only megatron-core's own product does; our configuration never does."""
     assert not gradient_accumulation_fusion, "a CUDA kernel"
     assert grad_output_buffer is None, "weight gradients are not deferred"
     assert upstream_options.get("gtp_remat_size", 1) == 1, "weights are not divided over their inputs' ranks"
-    return _Linear.apply(input, weight, bias, tp_group, allreduce_dgrad, sequence_parallel)
 
 
 class _Linear(torch.autograd.Function):

@@ -1,10 +1,11 @@
-"""Which of the two FP8 backends a run takes, and why."""
+"""Whose layers a run takes, which of the two FP8 backends, and why."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-from gptoughts.config.experiment import Fp8Config
+from gptoughts.config.experiment import ExperimentConfig
 from gptoughts.platform import device
 
 
@@ -18,26 +19,53 @@ class BackendChoice:
     """Half a sentence for the log."""
 
 
-def choose_backend(section: Fp8Config) -> BackendChoice:
-    """The backend of a run with FP8 on that this machine can run (:func:`backend_problem`). Collective: none."""
+def choose_transformer_impl(config: ExperimentConfig) -> str:
+    """``transformer_engine`` or ``local``: whose layers a run takes that this machine can run. Collective: none."""
+    if config.train.transformer_impl != "auto":
+        return config.train.transformer_impl
+    is_emulated = config.use_fp8 and choose_backend(config).name == "emulated"
+    return "local" if is_emulated or device.transformer_engine_obstacle() is not None else "transformer_engine"
+
+
+def choose_backend(config: ExperimentConfig) -> BackendChoice:
+    """The backend of a run with FP8 on that this machine can run (:func:`backend_problems`). Collective: none."""
+    asked = config.fp8.backend
+    if asked == "te" or asked == "emulated":
+        return BackendChoice(asked, "asked for")
+    if config.train.transformer_impl == "local":
+        return BackendChoice("emulated", "train.transformer_impl=local")
     obstacle = device.fp8_obstacle()
-    if section.backend == "te":
-        return BackendChoice("te", "asked for")
-    if section.backend == "emulated":
-        return BackendChoice("emulated", "asked for")
     if obstacle is None:
         return BackendChoice("te", "Transformer Engine runs here")
     return BackendChoice("emulated", obstacle)
 
 
-def backend_problem(section: Fp8Config) -> str | None:
-    """Why the backend that was asked for cannot run here; None: it can."""
-    obstacle = device.fp8_obstacle()
-    if section.backend == "te" and obstacle is not None:
-        return f"fp8.backend=te: {obstacle}; allowed here: emulated, auto (the same numbers, without the speed)"
-    if section.backend == "emulated" and device.is_transformer_engine_usable():
-        return (
-            "fp8.backend=emulated: on this machine Transformer Engine's layers are used, which are not emulated; take "
-            "te or auto, or an environment without transformer-engine"
+def backend_problems(config: ExperimentConfig, sources: Mapping[str, str]) -> list[str]:
+    """A line for each choice that cannot run here, or not with the other one.
+
+    Args:
+        config: The run.
+        sources: Where each key's value comes from.
+    """
+    layers, backend, problems = config.train.transformer_impl, config.fp8.backend, []
+    obstacle = device.transformer_engine_obstacle()
+    if layers == "transformer_engine" and obstacle is not None:
+        where = sources["train.transformer_impl"]
+        problems.append(f"train.transformer_impl={layers}: {obstacle}; allowed here: local, auto ({where})")
+    if not config.use_fp8:
+        return problems
+    where, obstacle = sources["fp8.backend"], device.fp8_obstacle()
+    if backend == "te" and obstacle is not None:
+        problems.append(
+            f"fp8.backend=te: {obstacle}; allowed here: emulated, auto (the same numbers, without the speed) ({where})"
         )
-    return None
+    if backend == "te" and layers == "local":
+        problems.append(
+            f"fp8.backend=te: needs Transformer Engine's layers, and train.transformer_impl=local ({where})"
+        )
+    if backend == "emulated" and layers == "transformer_engine":
+        problems.append(
+            f"fp8.backend=emulated: Transformer Engine's layers are not emulated, and train.transformer_impl={layers} "
+            f"({where}); leave train.transformer_impl unset"
+        )
+    return problems

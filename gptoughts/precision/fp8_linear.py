@@ -23,6 +23,7 @@ from megatron.core.tensor_parallel.layers import RowParallelLinear as UpstreamRo
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from gptoughts.platform.linear import assert_plain
 from gptoughts.precision import fp8_emulation
 from gptoughts.precision.fp8_recipe import DelayedScaling, Fp8Format
 from gptoughts.precision.scaling_state import GRAD_OUTPUT, INPUT, WEIGHT, ScalingState
@@ -84,9 +85,7 @@ def _fp8_product(
     **upstream_options: Any,
 ) -> Tensor:
     """Stands for what megatron-core's layers call; arguments and result as in ``platform.linear.parallel_linear``."""
-    assert not gradient_accumulation_fusion, "a CUDA kernel"
-    assert grad_output_buffer is None, "weight gradients are not deferred"
-    assert upstream_options.get("gtp_remat_size", 1) == 1, "weights are not divided over their inputs' ranks"
+    assert_plain(gradient_accumulation_fusion, grad_output_buffer, upstream_options)
     return _Fp8Linear.apply(
         input, weight, bias, state, state.forward_scales(), state.is_recording, tp_group, allreduce_dgrad,
         sequence_parallel,

@@ -33,7 +33,7 @@ from gptoughts.objectives.multi_token import MultiTokenLoss
 from gptoughts.parallel import groups
 from gptoughts.platform import device
 from gptoughts.precision.amax_report import REPORT_FILE, kept_words
-from gptoughts.precision.backend import backend_problem, choose_backend
+from gptoughts.precision.backend import backend_problems, choose_backend
 from gptoughts.training.callbacks import (
     Callback,
     CheckpointCallback,
@@ -130,10 +130,9 @@ def check_machine(experiment: Experiment) -> None:
                 f"installed; pip install {package}, or switch it off"
             )
     problems += swap_problems(experiment)
+    problems += backend_problems(config, experiment.sources)
     if config.use_fp8:
-        problem = backend_problem(config.fp8)
-        problems += [f"{problem} ({experiment.sources['fp8.backend']})"] if problem else []
-        if config.log.fp8 and choose_backend(config.fp8).name == "te":
+        if config.log.fp8 and choose_backend(config).name == "te":
             problems.append(
                 f"log.fp8=true ({experiment.sources['log.fp8']}): Transformer Engine's kernels do not say what their "
                 "casts lose; a run with fp8.backend=emulated does"
@@ -150,7 +149,7 @@ def describe_fp8(config: ExperimentConfig) -> list[str]:
     """Which backend FP8 took, and why: a line, where it is on."""
     if not config.use_fp8:
         return []
-    choice, section = choose_backend(config.fp8), config.fp8
+    choice, section = choose_backend(config), config.fp8
     kept = ", ".join(kept_words(section))
     return [
         f"FP8 {section.format}, {section.recipe} scaling, backend {choice.name}: {choice.reason}; out of FP8: {kept}"

@@ -116,9 +116,9 @@ def test_generators_go_on_where_the_layout_is_the_same(
         assert found == expected
 
 
-def _refusals(folder: str) -> dict[str, str]:
+def _refusals(layout_of_run: Layout, folder: str) -> dict[str, str]:
     """What resuming says where one file, each in turn, is missing or has one bit turned."""
-    run = ToyRun("gpt", Layout(), Path(folder), steps=8)
+    run = ToyRun("gpt", layout_of_run, Path(folder), steps=8)
     for _ in run.train(1):
         pass
     saved = run.save()
@@ -126,27 +126,35 @@ def _refusals(folder: str) -> dict[str, str]:
     for path in sorted(saved.iterdir()):
         content = path.read_bytes()
         for damage in ("missing", "flipped"):
-            if damage == "missing":
+            torch.distributed.barrier()
+            if run.data_rank == 0 and damage == "missing":
                 path.unlink()
-            else:
+            elif run.data_rank == 0:
                 place = len(content) // 2
                 path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+            torch.distributed.barrier()
             for resume in ("auto", str(saved)):
                 try:
                     run.manager.find(resume)
                     said[f"{path.name} {damage} {resume}"] = "accepted"
                 except CheckpointError as error:
                     said[f"{path.name} {damage} {resume}"] = error.problems[0]
-            path.write_bytes(content)
+            torch.distributed.barrier()
+            if run.data_rank == 0:
+                path.write_bytes(content)
+    torch.distributed.barrier()
     assert run.manager.find("auto") is not None
     run.close()
     return said
 
 
-def test_a_missing_or_flipped_file_is_refused_by_name(tmp_path: Path) -> None:
-    (said,) = run_distributed(_refusals, 1, str(tmp_path))
+@pytest.mark.parametrize("layout_of_run", [Layout(), Layout(**LAYOUT)], ids=str)
+def test_a_missing_or_flipped_file_is_refused_by_name(layout_of_run: Layout, tmp_path: Path) -> None:
+    said, *others = run_distributed(_refusals, layout_of_run.world_size, layout_of_run, str(tmp_path))
+    assert all(other == said for other in others), "every rank has to end, and knows why"
     files = {key.split()[0] for key in said}
-    assert files == {"rank_00000.safetensors", layout.MANIFEST, layout.CONFIG, layout.TRAIN_STATE}
+    of_ranks = {f"rank_{rank:05d}.safetensors" for rank in range(layout_of_run.world_size)}
+    assert files == {*of_ranks, layout.MANIFEST, layout.CONFIG, layout.TRAIN_STATE}
     folder = layout.step_folder(tmp_path / "run", 1)
     for key, problem in said.items():
         file, damage, resume = key.split()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 from pathlib import Path
 from typing import Any
@@ -13,10 +11,9 @@ import torch
 
 pytest.importorskip("lm_eval", reason="needs lm-eval (pip install -e '.[eval]')")
 
-from gptoughts.errors import GptoughtsError
-from gptoughts.inference import evaluate
 from tests.checkpoint.huggingface.conftest import Publish, publish, tokenizer_folder  # noqa: F401
 from tests.distributed import run_distributed
+from tests.inference.evaluate_test import call
 from tests.inference.saved_toy import save_toy
 
 QUESTIONS = (
@@ -60,16 +57,6 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "task: toy_missing\n" + _DATA.format(file="nowhere.jsonl") + TASKS["toy_choice"][1]
     )
     return folder
-
-
-def call(arguments: list[str]) -> tuple[str, list[str]]:
-    out = io.StringIO()
-    try:
-        with contextlib.redirect_stdout(out):
-            assert evaluate.main(arguments) == 0
-    except GptoughtsError as error:
-        return out.getvalue(), error.problems
-    return out.getvalue(), []
 
 
 @pytest.mark.parametrize("family", ["gpt", "mla", "deepseek", "llada"])

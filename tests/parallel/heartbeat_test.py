@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import datetime
+import json
 import os
 import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -94,6 +96,8 @@ def test_a_rank_that_left_is_not_missed(store: dist.TCPStore) -> None:
             time.sleep(0.3)
         heartbeat.raise_if_lost(wait=True)
         other.raise_if_lost(wait=False)
+        assert not store.check(["heartbeat/lost"])
+        assert json.loads(store.get("heartbeat/1"))[-1] == "left"
 
 
 def test_ranks_that_do_not_watch_the_lost_one_learn_of_it(store: dist.TCPStore) -> None:
@@ -129,8 +133,11 @@ def test_a_store_that_is_gone(tmp_path: Path) -> None:
 
 
 def test_one_rank_needs_nobody() -> None:
-    with Heartbeat(dist.HashStore(), rank=0, world_size=1, timeout_seconds=1.0) as heartbeat:
+    store = dist.HashStore()
+    with Heartbeat(store, rank=0, world_size=1, timeout_seconds=1.0) as heartbeat:
         heartbeat.raise_if_lost(wait=True)
+        assert "heartbeat" not in {thread.name for thread in threading.enumerate()}
+    assert not store.check(["heartbeat/0"])
 
 
 def test_errors_of_collectives() -> None:

@@ -20,8 +20,11 @@ from tests.parity.matrix.layouts import (
     AXES,
     FAMILIES,
     LIMIT,
+    RECOMPUTE,
     Case,
+    all_cases,
     covering,
+    covering_cases,
     every_case,
     feasible_cases,
     make_case,
@@ -31,7 +34,8 @@ from tests.parity.matrix.results import Record, ResultsFile, record_of, shard_of
 from tests.parity.matrix.routing import TIE_MARGIN
 from tests.parity.matrix.runs import Outcome, one_rank_run, run_case, train_case
 
-SUBSET = covering(feasible_cases(), LIMIT)
+SUBSET = covering_cases()
+POSSIBLE = [case.recomputed(recompute) for case in feasible_cases() for recompute in RECOMPUTE]
 
 
 @pytest.fixture(scope="module")
@@ -48,16 +52,26 @@ def test_layout_equals_one_rank(case: Case, tmp_path: Path, references: Path) ->
 
 def test_the_subset_covers_every_pair_that_can_be() -> None:
     assert len(SUBSET) <= LIMIT
-    assert set().union(*map(pairs_of, SUBSET)) == set().union(*map(pairs_of, feasible_cases()))
+    assert set().union(*map(pairs_of, SUBSET)) == set().union(*map(pairs_of, POSSIBLE))
     assert {case.family for case in SUBSET} == set(FAMILIES)
-    assert covering(feasible_cases(), LIMIT) == SUBSET, "the same cases each time"
+    assert tuple(covering(POSSIBLE, LIMIT)) == SUBSET, "the same cases each time"
+    assert set(all_cases()) == {*feasible_cases(), *SUBSET}
+    assert len(set(map(str, all_cases()))) == len(all_cases()), "results are kept by name"
+
+
+def test_a_case_recomputes_what_its_name_says(tmp_path: Path) -> None:
+    for case in SUBSET:
+        parallel = toy_experiment(case.family, case.layout, tmp_path).config.parallel
+        assert parallel.recompute_granularity == case.recompute
+        assert case.one_rank.recompute == "none"
+    assert {case.family for case in SUBSET if "moe" in case.layout.extra[-1]} == {"deepseek"}
 
 
 def test_a_smaller_subset_takes_the_most_telling_cases_first() -> None:
     def count(cases: list[Case]) -> int:
         return len(set().union(*map(pairs_of, cases)))
 
-    few = covering(feasible_cases(), 5)
+    few = covering(POSSIBLE, 5)
     assert len(few) == 5
     assert count(few) > 4 * len(pairs_of(few[0])), "hardly any pair twice"
 
@@ -175,15 +189,18 @@ def test_shards_share_nothing_and_miss_nothing() -> None:
 
 def test_the_table_says_what_was_measured(tmp_path: Path) -> None:
     cases = [case for case in feasible_cases() if case.family == "gpt"][:3]
+    cases.append(cases[0].recomputed("full"))
     records = [record_of(case, "now", Outcome(replace(ERRORS, weight=1e-7 * (i + 1)), 0.0, 1.0))
                for i, case in enumerate(cases)]  # fmt: skip
     old = replace(records[0], source="before", problems=["loss"])
     text = table.render(table.latest([old, *records]))
     total = len(feasible_cases())
-    assert f"3 of {total} feasible layouts measured and equal to one rank, 0 not equal" in text
+    assert f"3 of {total} feasible layouts measured and equal to one rank, 1 more with recompute, 0 not equal" in text
     of_gpt = sum(case.family == "gpt" for case in feasible_cases())
-    assert f"| `gpt` | 3 of {of_gpt} | 1.0e-08 | 2.0e-07 | 3.0e-07 | 4.0e-07 | 3.0e-07 |" in text
-    assert "| tensor 1 | 2.0e-07, 3.0e-07 (3) | - | - | - |" in text
+    assert f"| `gpt` | 3 of {of_gpt} | 1.0e-08 | 2.0e-07 | 3.0e-07 | 4.0e-07 | 4.0e-07 |" in text
+    assert "| tensor 1 | 2.0e-07, 4.0e-07 (4) | - | - | - |" in text
+    assert "| recompute none | 2.0e-07, 3.0e-07 (3) | - | - | - |" in text
+    assert "| recompute full | 2.0e-07, 4.0e-07 (1) | - | - | - |" in text
     failed = Record("x", "now", cases[0].settings(), ["weight: too much"], None)
     assert "1 not equal" in table.render([*records, failed])
     page = tmp_path / "page.md"

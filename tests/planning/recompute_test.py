@@ -157,4 +157,5 @@ def test_every_kind_that_is_tried_is_accepted() -> None:
     for name, family in FAMILIES.items():
         for fields in ladder(family.presets["debug"].model):
             flags = [f"--parallel.{field}={value}" for field, value in fields.items()]
-            load_experiment([f"--model_type={name}", "--size=debug", *flags], FAMILIES, world_size=1)
+            accepted = load_experiment([f"--model_type={name}", "--size=debug", *flags], FAMILIES, world_size=1)
+            assert {field: getattr(accepted.config.parallel, field) for field in fields} == fields

@@ -94,8 +94,9 @@ def test_tracker_forks_nest_and_leave_the_outer_generator_alone() -> None:
 
 def test_streams_and_events_do_nothing() -> None:
     mcore_cpu.install()
-    stream = torch.cuda.Stream()
+    stream, given = torch.cuda.Stream(), torch.cuda.Event()
     with torch.cuda.stream(stream):
         event = torch.cuda.current_stream().record_event()
-        stream.wait_event(event)
-        torch.cuda.synchronize()
+        assert stream.record_event(given) is given
+        assert stream.wait_event(event) is None  # a wait that has to come to an end
+        assert torch.cuda.synchronize() is None

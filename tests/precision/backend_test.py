@@ -12,33 +12,54 @@ import pytest
 import torch
 from torch import nn
 
-from gptoughts.config.experiment import Fp8Config
+from gptoughts.config.experiment import ExperimentConfig, Fp8Config, TrainConfig
 from gptoughts.platform import device
 from gptoughts.precision import te_backend
-from gptoughts.precision.backend import backend_problem, choose_backend
+from gptoughts.precision.backend import BackendChoice, backend_problems, choose_backend, choose_transformer_impl
 from gptoughts.precision.fp8_recipe import DelayedScaling
 from gptoughts.precision.scaling_state import STATE_NAMES, ScalingState
 
 
+def run(backend: Any = "auto", layers: Any = "auto", use_fp8: bool = True) -> ExperimentConfig:
+    return ExperimentConfig(use_fp8=use_fp8, fp8=Fp8Config(backend=backend), train=TrainConfig(transformer_impl=layers))
+
+
+def problems(config: ExperimentConfig) -> list[str]:
+    return backend_problems(config, {"fp8.backend": "flag", "train.transformer_impl": "flag"})
+
+
 def test_without_a_gpu_auto_emulates_and_te_is_refused() -> None:
-    choice = choose_backend(Fp8Config(backend="auto"))
+    choice = choose_backend(run())
     assert choice.name == "emulated"
     assert "compute capability 8.9" in choice.reason
-    problem = backend_problem(Fp8Config(backend="te"))
-    assert problem is not None
+    assert choose_transformer_impl(run()) == choose_transformer_impl(run(use_fp8=False)) == "local"
+    (problem,) = problems(run("te"))
     assert "this is a CPU" in problem
-    assert backend_problem(Fp8Config(backend="auto")) is None
-    assert backend_problem(Fp8Config(backend="emulated")) is None
+    (problem,) = problems(run(layers="transformer_engine", use_fp8=False))
+    assert "compute capability 8.0" in problem
+    assert problems(run()) == problems(run("emulated")) == problems(run(layers="local", use_fp8=False)) == []
 
 
 def test_with_transformer_engine_auto_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device, "fp8_obstacle", lambda: None)
-    monkeypatch.setattr(device, "is_transformer_engine_usable", lambda: True)
-    assert choose_backend(Fp8Config(backend="auto")).name == "te"
-    assert backend_problem(Fp8Config(backend="te")) is None
-    problem = backend_problem(Fp8Config(backend="emulated"))
-    assert problem is not None
+    monkeypatch.setattr(device, "transformer_engine_obstacle", lambda: None)
+    assert choose_backend(run()).name == "te"
+    assert choose_transformer_impl(run()) == choose_transformer_impl(run(use_fp8=False)) == "transformer_engine"
+    assert choose_transformer_impl(run("emulated")) == "local"
+    assert choose_backend(run(layers="local")) == BackendChoice("emulated", "train.transformer_impl=local")
+    assert problems(run("te")) == problems(run("emulated")) == problems(run(layers="local")) == []
+    (problem,) = problems(run("te", "local"))
+    assert "needs Transformer Engine's layers" in problem
+    (problem,) = problems(run("emulated", "transformer_engine"))
     assert "not emulated" in problem
+
+
+def test_where_its_layers_run_but_not_in_fp8_auto_emulates(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "fp8_obstacle", lambda: "an A100 has 8.0")
+    monkeypatch.setattr(device, "transformer_engine_obstacle", lambda: None)
+    assert choose_backend(run()) == BackendChoice("emulated", "an A100 has 8.0")
+    assert choose_transformer_impl(run()) == "local"
+    assert choose_transformer_impl(run(use_fp8=False)) == "transformer_engine"
 
 
 class StandIn(nn.Module):

@@ -37,7 +37,7 @@ def build_model(
     """
     model = config.model
     assert isinstance(model, ExpertFields)
-    upstream_config = transformer_config(model, config.parallel, params_dtype=params_dtype)
+    upstream_config = transformer_config(config, params_dtype=params_dtype)
     block_spec = moe_decoder_spec(
         upstream_config,
         first_k_dense_layers=model.first_k_dense_layers,

@@ -36,7 +36,7 @@ def build_model(
     """
     model = config.model
     assert isinstance(model, GPTConfig)
-    upstream_config = transformer_config(model, config.parallel, params_dtype=params_dtype)
+    upstream_config = transformer_config(config, params_dtype=params_dtype)
     return build_language_model(
         config,
         upstream_config,

@@ -37,7 +37,7 @@ def build_model(
     """
     model = config.model
     assert isinstance(model, MLAConfig)
-    upstream_config = transformer_config(model, config.parallel, params_dtype=params_dtype)
+    upstream_config = transformer_config(config, params_dtype=params_dtype)
     assert isinstance(upstream_config, MLATransformerConfig)
     return build_language_model(
         config,

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron.core.transformer.mlp import MLP
+from megatron.core.transformer.transformer_config import TransformerConfig
 
 from gptoughts.models.core_attention import SDPACoreAttention
 from gptoughts.models.norms import norm_class
@@ -27,11 +28,11 @@ class SpecBackend:
     mlp: type
 
 
-def select_backend(normalization: str) -> SpecBackend:
-    """The fastest backend that this machine can run."""
-    if device.is_transformer_engine_usable():
+def select_backend(config: TransformerConfig) -> SpecBackend:
+    """The backend that ``config.transformer_impl`` names."""
+    if config.transformer_impl == "transformer_engine":
         return transformer_engine_backend()
-    return local_backend(normalization)
+    return local_backend(config.normalization)
 
 
 def local_backend(normalization: str) -> SpecBackend:

@@ -37,7 +37,7 @@ def dense_decoder_spec(
         vp_stage: Virtual pipeline stage.
         backend: Unset: what this machine can run.
     """
-    backend = backend or select_backend(config.normalization)
+    backend = backend or select_backend(config)
     attention = grouped_query_attention(config, backend, attn_mask_type)
     return decoder_block(decoder_layer(attention, backend), config, backend, vp_stage)
 

@@ -23,7 +23,7 @@ def mla_decoder_spec(
     backend: SpecBackend | None = None,
 ) -> TransformerBlockSubmodules:
     """This stage's layers with latent attention and a dense SwiGLU; arguments as in ``dense_decoder_spec``."""
-    backend = backend or select_backend(config.normalization)
+    backend = backend or select_backend(config)
     layer = decoder_layer(mla_attention(config, backend, attn_mask_type), backend)
     return decoder_block(layer, config, backend, vp_stage)
 

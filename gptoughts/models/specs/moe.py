@@ -40,7 +40,7 @@ def moe_decoder_spec(
         vp_stage: Virtual pipeline stage.
         backend: Unset: what this machine can run.
     """
-    backend = backend or select_backend(config.normalization)
+    backend = backend or select_backend(config)
     if isinstance(config, MLATransformerConfig):
         attention = mla_attention(config, backend, attn_mask_type)
     else:

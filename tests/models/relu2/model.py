@@ -43,14 +43,13 @@ def build_model(
     model = config.model
     assert isinstance(model, ReLU2Config)
     upstream_config = transformer_config(
-        model,
-        config.parallel,
+        config,
         params_dtype=params_dtype,
         gated_linear_unit=False,
         activation_func=squared_relu,
         bias_activation_fusion=False,
     )
-    backend = select_backend(upstream_config.normalization)
+    backend = select_backend(upstream_config)
     attention = grouped_query_attention(upstream_config, backend, AttnMaskType.causal)
     layer = decoder_layer(attention, backend, dense_mlp_class(backend, MLP))
     block = decoder_block(layer, upstream_config, backend, vp_stage)

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from tests.distributed import WorkerError, close_pools
-from tests.parity.matrix.layouts import FAMILIES, LIMIT, Case, covering, feasible_cases
+from tests.parity.matrix.layouts import FAMILIES, Case, all_cases, covering_cases
 from tests.parity.matrix.results import ROOT, Record, ResultsFile, record_of, shard_of, source_hash
 from tests.parity.matrix.runs import run_case
 from tests.parity.matrix.table import latest, render, write_table
@@ -35,7 +35,7 @@ def main() -> int:
             return 2
         write_table(render(records))
         return 0
-    chosen = covering(feasible_cases(), LIMIT) if options.covering else feasible_cases()
+    chosen = covering_cases() if options.covering else all_cases()
     cases = [case for case in chosen if case.family in options.family]
     shard = shard_of(cases, *options.shard)
     return run_cases(shard, results, options.results.parent / "one_rank", options.minutes * 60)
@@ -87,7 +87,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--results", type=Path, default=RESULTS, metavar="FILE", help="JSON lines; finished cases are not run again")
     add("--shard", type=_shard, default=(1, 1), metavar="I/N", help="the I-th of N parts (1/N ... N/N)")
     add("--minutes", type=float, default=math.inf, help="begin no layout after so many")
-    add("--covering", action="store_true", help="only the few of `make test`, which have every pair of settings")
+    add(
+        "--covering",
+        action="store_true",
+        help="only the few of `make test`, which have every pair of settings, recompute too",
+    )
     add("--family", nargs="+", choices=FAMILIES, default=FAMILIES, help="of these families alone")
     add("--write_table", action="store_true", help="run nothing: write the table into docs/parallelism.md")
     add("--source", metavar="HASH", help="with --write_table: of these sources; unset: those of the newest result")

@@ -31,6 +31,9 @@ AXES: dict[str, Sequence[Any]] = {
     "accumulation": (1, 4),
 }
 """Fields of :class:`tests.harness.Layout`."""
+RECOMPUTE = ("none", "full", "selective")
+"""What backward makes again. No axis of the product, as it changes no bit (tests/models/recompute_test.py), but one of
+the settings of which all pairs are covered."""
 SAMPLES_PER_STEP = 16
 SEQUENCE = 32
 LIMIT = 40
@@ -53,15 +56,30 @@ def shape_flags(family: str) -> tuple[str, ...]:
     return (f"--block_size={SEQUENCE}", *(f"--model.{n}={v}" for n, v in _SMALL.items() if getattr(model, n, None)))
 
 
+@cache
+def recompute_flags(family: str, recompute: str) -> tuple[str, ...]:
+    """Selective: all that this family's layers can make again in parts."""
+    if recompute == "none":
+        return ()
+    flags = (f"--parallel.recompute_granularity={recompute}",)
+    if recompute == "full":
+        return flags
+    model = REGISTRY[family].presets["debug"].model
+    names = [name for name in model.recompute_modules() if name != "shared_experts"]  # a part of moe
+    return (*flags, f"--parallel.recompute_modules={','.join(names)}")
+
+
 @dataclass(frozen=True)
 class Case:
     """One layout of one family's toy model."""
 
     family: str
     layout: Layout
+    recompute: str = "none"
 
     def __str__(self) -> str:
-        return f"{self.family}-{self.layout}"
+        name = f"{self.family}-{self.layout}"
+        return name if self.recompute == "none" else f"{name}-{self.recompute}"
 
     @property
     def one_rank(self) -> Case:
@@ -69,8 +87,15 @@ class Case:
         return make_case(self.family, {name: values[0] for name, values in AXES.items()}, layers=self.layout.layers)
 
     def settings(self) -> dict[str, Any]:
-        """Axis -> value, the family among them."""
-        return {"family": self.family} | {name: getattr(self.layout, name) for name in AXES}
+        """Axis -> value, family and recompute among them."""
+        axes = {name: getattr(self.layout, name) for name in AXES}
+        return {"family": self.family, **axes, "recompute": self.recompute}
+
+    def recomputed(self, recompute: str) -> Case:
+        """The same layout, another of :data:`RECOMPUTE`."""
+        assert self.recompute == "none"
+        extra = (*self.layout.extra, *recompute_flags(self.family, recompute))
+        return replace(self, layout=replace(self.layout, extra=extra), recompute=recompute)
 
     def refusal(self) -> list[str]:
         """What the configuration says against it; nothing where it can be run."""
@@ -135,6 +160,18 @@ def _products() -> Iterator[Case]:
 def feasible_cases() -> tuple[Case, ...]:
     """What the configuration accepts."""
     return tuple(case for case in every_case() if not case.refusal())
+
+
+@cache
+def covering_cases() -> tuple[Case, ...]:
+    """At most :data:`LIMIT`, with every pair of settings that the configuration accepts, recompute among them."""
+    return tuple(covering([case.recomputed(r) for case in feasible_cases() for r in RECOMPUTE], LIMIT))
+
+
+@cache
+def all_cases() -> tuple[Case, ...]:
+    """All layouts that the configuration accepts, and the covering ones with recompute."""
+    return (*feasible_cases(), *(case for case in covering_cases() if case.recompute != RECOMPUTE[0]))
 
 
 Pair = tuple[tuple[str, Any], tuple[str, Any]]

@@ -57,11 +57,11 @@ class RoutingLog:
 
     def chosen(self, router: ExpertRouter, own: Tensor, scores: Tensor) -> Tensor:
         """What is to be passed, int64 [t, k]; ``own`` is what the router would choose from affinities [t, e]."""
-        if not (router.training and torch.is_grad_enabled()):
+        if not router.training:
             return own
         layer = int(router.layer_number)  # type: ignore[arg-type]
         waiting = self._forwards.setdefault(layer, deque())
-        # Recomputation runs a forward anew within its backward, and backwards come in the order of forwards.
+        # Recompute runs a forward without a graph first, and anew within its backward; backwards come in their order.
         if torch._C._current_graph_task_id() != -1:
             samples = waiting.popleft()
         else:

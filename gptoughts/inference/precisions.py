@@ -1,0 +1,3 @@
+"""In which precisions a model answers; imports no torch."""
+
+PRECISIONS = ("fp32", "bf16")
