@@ -32,6 +32,7 @@ from gptoughts.models.flops import StageParameters, stage_parameters
 from gptoughts.planning import activations
 from gptoughts.planning.fp8 import scaling_bytes
 from gptoughts.planning.layers import WIDTHS, Microbatch, microbatch
+from gptoughts.planning.offload import places, swap_buffer_bytes
 from gptoughts.planning.zero import ZeroSettings
 
 _FP32 = 4
@@ -272,48 +273,31 @@ def rank_memory(needs: StageNeeds, zero: ZeroSettings, width: int) -> RankMemory
         # The copy of an embedding has an fp32 gradient during a step.
         temporaries=needs.temporaries + _FP32 * needs.copied_elements + cut_gradient_bytes(needs, zero, width),
     )
-    places = _places(zero)
-    by_place = {place: sum(state[name] for name in state if places[name] == place) for place in ("host", "disk")}
+    place_of = places(zero)
+    by_place = {place: sum(state[name] for name in state if place_of[name] == place) for place in ("host", "disk")}
     if zero.swaps_optimizer:
         by_place["disk"] += _FP32 * needs.division.part  # gradients, on their way to the update
     return RankMemory(
-        **{name: int(count) if places[name] == "device" else 0 for name, count in state.items()},
+        **{name: int(count) if place_of[name] == "device" else 0 for name, count in state.items()},
         activations=needs.kept - needs.logits,
         logits=needs.logits,
         buffers=buffers,
         scaling=_COPIES_OF_BUFFERS * needs.scaling,
-        host=int(by_place["host"] + swap_buffer_bytes(needs, zero, width)),
+        host=int(by_place["host"] + swap_memory(needs, zero, width)),
         disk=int(by_place["disk"]),
     )
 
 
-def _places(zero: ZeroSettings) -> dict[str, str]:
-    """Whether weights, gradients and optimizer state are on the device, in the host's memory or on a disk.
-
-    Stage 1 keeps whole gradients on the device; from stage 2 on each rank's part goes where the optimizer is, or into
-    the host's memory where that is on a disk.
-    """
-    optimizer = "disk" if zero.swaps_optimizer else "host" if zero.offloads_optimizer else "device"
-    return {
-        "parameters": "disk" if zero.swaps_parameters else "host" if zero.offloads_parameters else "device",
-        "gradients": "host" if zero.offloads_optimizer and zero.stage >= 2 else "device",
-        "optimizer": optimizer,
-    }
-
-
-def swap_buffer_bytes(needs: StageNeeds, zero: ZeroSettings, width: int) -> int:
-    """The host's memory through which state goes to the disk and comes from it.
-
-    A sub-group ends with the tensor that fills it, so that it is larger by up to one. Of weights there are this rank's
-    parts of all that is gathered, and one sub-group on its way out.
-    """
-    part = needs.division.part
-    sub_group = min(part, zero.sub_group_elements + needs.tensor_elements / needs.division.data)
-    found = zero.num_swap_buffers * _FP32 * sub_group if zero.swaps_optimizer else 0.0
-    if zero.swaps_parameters:
-        gathered = gathered_elements(needs.division, zero, needs.layer_elements) / needs.division.data
-        found += width * (sub_group + gathered)
-    return int(found)
+def swap_memory(needs: StageNeeds, zero: ZeroSettings, width: int) -> int:
+    """Bytes of the host's memory that a rank of one stage locks for what goes to a disk and comes from it."""
+    division = needs.division
+    return swap_buffer_bytes(
+        zero,
+        width,
+        part=division.part,
+        tensor_part=needs.tensor_elements / division.data,
+        gathered_part=gathered_elements(division, zero, needs.layer_elements) / division.data,
+    )
 
 
 def largest_memory(config: ExperimentConfig, zero: ZeroSettings, needs: Sequence[StageNeeds]) -> RankMemory:

@@ -9,7 +9,7 @@ from gptoughts.config.offload import BLOCKS, SWAP
 from gptoughts.config.resolve import Experiment
 from gptoughts.engine.swap_folder import sweep
 from gptoughts.planning.layers import WIDTHS
-from gptoughts.planning.memory import stage_needs, swap_buffer_bytes
+from gptoughts.planning.memory import stage_needs, swap_memory
 from gptoughts.planning.zero import ZeroSettings
 from gptoughts.platform import async_io
 from gptoughts.training.summary import memory_per_rank
@@ -41,4 +41,4 @@ def _buffer_bytes(experiment: Experiment) -> int:
     config = experiment.config
     settings = ZeroSettings.read(experiment.deepspeed, config.train.precision or "bf16")
     needs = stage_needs(config, data=experiment.data_parallel_size, num_microbatches=experiment.num_microbatches)
-    return max(swap_buffer_bytes(stage, settings, WIDTHS[config.train.precision or "bf16"]) for stage in needs)
+    return max(swap_memory(stage, settings, WIDTHS[config.train.precision or "bf16"]) for stage in needs)

@@ -19,7 +19,7 @@ from gptoughts.planning.memory import (
     rank_memory,
     stage_needs,
     state_bytes,
-    swap_buffer_bytes,
+    swap_memory,
 )
 from gptoughts.planning.zero import ZeroSettings
 from tests.config.validate_test import load
@@ -117,8 +117,8 @@ def test_offload_to_a_disk_leaves_buffers_on_the_host() -> None:
     assert (found.parameters, found.gradients, found.optimizer) == (0, 0, 0)
     assert found.disk == 2 * 250 + 12 * 250 + 4 * 250, "weights, state, and gradients on their way"
     sub_group = 60 + 40 // 4
-    assert swap_buffer_bytes(needs, zero, 2) == 8 * 4 * sub_group + 2 * (sub_group + 2 * 30 // 4)
-    assert found.host == 4 * 250 + swap_buffer_bytes(needs, zero, 2)
+    assert swap_memory(needs, zero, 2) == 8 * 4 * sub_group + 2 * (sub_group + 2 * 30 // 4)
+    assert found.host == 4 * 250 + swap_memory(needs, zero, 2)
     assert found.buffers == 4 * 250 - 10, "a rank's gradients are on the device whole before the update"
 
 
