@@ -10,6 +10,7 @@ from typing import Any
 
 import deepspeed
 import torch
+import torch.distributed as dist
 from deepspeed import comm as deepspeed_comm
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.config import DeepSpeedConfig
@@ -20,6 +21,7 @@ from torch import nn
 
 from gptoughts.engine.module_trace import compare_within_data_parallel_group
 from gptoughts.engine.replicated_optimizer import ReplicatedOptimizer
+from gptoughts.engine.weight_gathering import gather_in_place_on_gloo
 from gptoughts.parallel.deepspeed_mpu import (
     DeepSpeedMpu,
     expert_data_parallel_group,
@@ -79,6 +81,19 @@ class ZeroEngine(DeepSpeedEngine):
         # not 0 and applies non-finite gradients; ZeRO's own optimizer accumulates in fp32 as well.
         return ZERO_OPTIMIZATION
 
+    def zero_reduce_scatter(self) -> bool:
+        """Whether gradients are reduce-scattered, where the JSON leaves it open: where that sends less.
+
+        Stages 1 and 2 all-reduce either way, and with reduce-scatter copy each bucket before and after it (zero/
+        stage_1_and_2.py:1545); experts of their own ranks, offload and fp16, whose sums may overflow, need it
+        nevertheless. gloo's costs more than its all-reduce.
+        """
+        if "reduce_scatter" in self.config["zero_optimization"]:
+            return bool(super().zero_reduce_scatter())
+        if self.zero_optimization_stage() == 3:
+            return bool(dist.get_backend(self.mpu.get_data_parallel_group()) != dist.Backend.GLOO)
+        return self.has_moe_layers or self.zero_offload_optimizer() is not None or self.fp16_enabled()
+
     def clip_fp32_gradients(self) -> None:
         """Nothing: the stage 0 optimizer clips, with the norm that it reports."""
 
@@ -120,6 +135,7 @@ def build_zero_engine(
     shutdown_init_context()
     initialize_communication()
     compare_within_data_parallel_group()
+    gather_in_place_on_gloo()
     config = engine_config(deepspeed_json)
     mpu = DeepSpeedMpu()
     engine = ZeroEngine(
@@ -199,6 +215,7 @@ def partitioned_construction(deepspeed_json: Mapping[str, Any], dtype: torch.dty
 
     def enter() -> Any:
         initialize_communication()
+        gather_in_place_on_gloo()
         mpu = DeepSpeedMpu()
         context = _Init(data_parallel_group=mpu.get_data_parallel_group(), config_dict_or_path=config, mpu=mpu)
         # Given as an argument it would be bf16 wherever fp16 is not supported, whatever was asked for: a conditional
