@@ -37,7 +37,8 @@ class Broadcasts:
     """
 
     def __init__(self, shard: Tensor, whole: Tensor, group: ProcessGroup) -> None:
-        places = whole.view(-1).chunk(group.size())
+        assert whole.numel() == shard.numel() * group.size(), "shards of unequal sizes"
+        places = whole.view(-1).split(shard.numel())
         own = places[group.rank()]
         if own.data_ptr() != shard.data_ptr():
             own.copy_(shard.view(-1))
