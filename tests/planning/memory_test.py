@@ -170,6 +170,11 @@ def cases() -> list[object]:
         ("gpt", Layout(pipeline=2, virtual=2, layers=8, accumulation=4, precision="bf16", extra=_PAIRS)),
         ("gpt", Layout(layers=4, extra=(*_FULL, "--parallel.recompute_method=block"))),
         ("llada", Layout(tensor=2, layers=4, precision="bf16", extra=(*_WHOLE_ROWS, *_PAIRS))),
+        ("gpt", Layout(context=2, layers=4, zero=1, extra=_selective("core_attn", "layernorm", "mlp"))),
+        ("gpt", Layout(context=2, context_method="ring", layers=4, precision="bf16", extra=_selective("core_attn"))),
+        ("mla", Layout(context=2, layers=4, extra=_selective("mla_up_proj", "core_attn"))),
+        ("mla", Layout(context=2, context_method="ring", layers=4, extra=_selective("mla_up_proj", "core_attn"))),
+        ("deepseek", Layout(context=2, context_method="ring", layers=4, zero=3, extra=_FULL)),
     ]
     return [pytest.param(*case, id=_name(*case)) for case in default] + [
         pytest.param(*case, id=_name(*case), marks=pytest.mark.slow) for case in slow
