@@ -30,11 +30,14 @@ from gptoughts.config.model import ModelConfig
 from gptoughts.models.expert_shape import ExpertFields
 from gptoughts.models.flops import StageParameters, stage_parameters
 from gptoughts.planning import activations
+from gptoughts.planning.fp8 import scaling_bytes
 from gptoughts.planning.layers import WIDTHS, Microbatch, microbatch
 from gptoughts.planning.zero import ZeroSettings
 
 _FP32 = 4
 _MOMENTS = 8
+_COPIES_OF_BUFFERS = 2
+"""The engine copies them before each step, so that a step can be refused (``engine.deepspeed_engine``)."""
 
 
 @dataclass(frozen=True)
@@ -49,13 +52,16 @@ class RankMemory:
     """Of them activations that the output layer and the loss keep (0 before the last stage); counted once, here."""
     buffers: int
     """Gathered weights, buckets and operators' temporaries at the fullest moment."""
+    scaling: int = 0
+    """FP8's histories and scales, with the copy that a step begins with (``planning.fp8``)."""
     host: int = 0
     """In the host's memory: offload, and the stability guard's snapshot."""
 
     @property
     def total(self) -> int:
         """On the device."""
-        return self.parameters + self.gradients + self.optimizer + self.activations + self.logits + self.buffers
+        state = self.parameters + self.gradients + self.optimizer + self.scaling
+        return state + self.activations + self.logits + self.buffers
 
 
 @dataclass(frozen=True)
@@ -106,7 +112,7 @@ def state_bytes(division: Division, zero: ZeroSettings, width: int) -> dict[str,
 
 
 def snapshot_bytes(division: Division, zero: ZeroSettings) -> int:
-    """The stability guard's copy of fp32 weights and moments (``training.snapshot``)."""
+    """Of fp32 weights and moments in the stability guard's snapshot (``training.snapshot``), which has buffers, too."""
     return (_FP32 + _MOMENTS) * int(division.part if zero.stage >= 1 else division.whole)
 
 
@@ -183,6 +189,8 @@ class StageNeeds:
     """Parameters of the largest layer on a rank."""
     tensor_elements: int = 0
     """Parameters of the largest tensor on a rank."""
+    scaling: int = 0
+    """Bytes of FP8's histories and scales."""
 
 
 def cut_gradient_bytes(needs: StageNeeds, zero: ZeroSettings, width: int) -> int:
@@ -236,6 +244,7 @@ def stage_needs(
                 copied_elements=model.embedding_parameters() // parallel.tensor if is_copied else 0,
                 layer_elements=layer_elements,
                 tensor_elements=largest_tensor(model, parallel),
+                scaling=scaling_bytes(config, stage),
             )
         )
     return found
@@ -266,6 +275,7 @@ def rank_memory(needs: StageNeeds, zero: ZeroSettings, width: int) -> RankMemory
         activations=needs.kept - needs.logits,
         logits=needs.logits,
         buffers=buffers,
+        scaling=_COPIES_OF_BUFFERS * needs.scaling,
         host=int(sum(state[name] for name in on_host)),
     )
 
@@ -289,4 +299,5 @@ def largest_memory(config: ExperimentConfig, zero: ZeroSettings, needs: Sequence
     memory = rank_memory(fullest, zero, width)
     stability = config.stability
     has_snapshot = stability.enabled and stability.snapshot_interval_steps > 0
-    return replace(memory, host=memory.host + has_snapshot * snapshot_bytes(fullest.division, zero))
+    snapshot = snapshot_bytes(fullest.division, zero) + fullest.scaling
+    return replace(memory, host=memory.host + has_snapshot * snapshot)

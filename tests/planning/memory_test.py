@@ -30,6 +30,7 @@ _TIED = "--model.untie_embeddings_and_output_weights false"
 _HEAD_NORMS = "--model.qk_layernorm=true"
 _WHOLE_ROWS = ("--model.random_length_probability=0",)  # cut samples keep masks, which are not predicted
 _FULL = ("--parallel.recompute_granularity=full",)
+_FP8 = ("--use_fp8=true", "--fp8.backend=emulated")
 _PAIRS = (*_FULL, "--parallel.recompute_num_layers=2")
 
 
@@ -175,6 +176,11 @@ def cases() -> list[object]:
         ("mla", Layout(context=2, layers=4, extra=_selective("mla_up_proj", "core_attn"))),
         ("mla", Layout(context=2, context_method="ring", layers=4, extra=_selective("mla_up_proj", "core_attn"))),
         ("deepseek", Layout(context=2, context_method="ring", layers=4, zero=3, extra=_FULL)),
+        ("gpt", Layout(context=2, context_method="ring", extra=_FP8)),
+        ("mla", Layout(context=2, extra=_FP8)),
+        ("gpt", Layout(tensor=2, sequence=True, precision="bf16", extra=_FP8)),
+        ("mla", Layout(zero=3, data=2, extra=(*_FP8, "--model.q_lora_rank=64"))),
+        ("deepseek", Layout(pipeline=2, accumulation=2, extra=(*_FP8, "--model.mtp_num_layers=1"))),
     ]
     return [pytest.param(*case, id=_name(*case)) for case in default] + [
         pytest.param(*case, id=_name(*case), marks=pytest.mark.slow) for case in slow
@@ -183,7 +189,7 @@ def cases() -> list[object]:
 
 def _name(family: str, layout: Layout) -> str:
     values = [flag.partition("=")[2] for flag in layout.extra if flag.startswith("--parallel.recompute_")]
-    return "-".join([f"{family}-{layout}", *values])
+    return "-".join([f"{family}-{layout}", *values, *(["fp8"] if "--use_fp8=true" in layout.extra else [])])
 
 
 @pytest.mark.parametrize(("family", "layout"), cases())
@@ -214,5 +220,6 @@ def test_a_real_step_needs_what_is_predicted(family: str, layout: Layout, tmp_pa
             predicted["gradients"] += int(whole_tensors)
         for part, expected in predicted.items():
             assert expected == pytest.approx(found[part], rel=LARGEST_ERROR), (rank, part)
+        assert found["scaling"] == memory.scaling
         assert found["left_over"] == 0  # everything kept was let go of: it has been measured wholly
         assert found["buckets"] <= max(memory.buffers, zero.gradient_width * zero.bucket_elements)
