@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
-from torch import Tensor
+from torch import Tensor, nn
 
 from gptoughts.config.experiment import ParallelConfig
 from gptoughts.parallel import groups
@@ -30,7 +30,7 @@ def our_layer(recipe: DelayedScaling) -> Any:
         num_layers=1, hidden_size=INPUTS, num_attention_heads=4, params_dtype=torch.bfloat16, bf16=True
     )
     layer = ColumnParallelLinear(
-        INPUTS, OUTPUTS, config=config, init_method=lambda weight: weight.normal_(0, 0.1), bias=False,
+        INPUTS, OUTPUTS, config=config, init_method=lambda weight: nn.init.normal_(weight, std=0.1), bias=False,
         skip_bias_add=True, gather_output=False,
     )  # fmt: skip
     return layer.cuda(), ScalingRegion([layer.enable_fp8(recipe)], recipe, None)
