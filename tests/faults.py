@@ -43,6 +43,10 @@ class FaultInjector(Callback):
     """Puts faults into the run that it is a callback of."""
 
     faults: Sequence[Fault]
+    course: list[tuple[int, float, bool]] = field(default_factory=list)
+    """What this rank saw: each step's number (from 1), loss, and whether its update was applied."""
+    outcome: dict[str, Any] = field(default_factory=dict)
+    """The run's state at its end, without times."""
     _done: set[int] = field(default_factory=set)
 
     def on_train_start(self, trainer: Trainer) -> None:
@@ -78,6 +82,7 @@ class FaultInjector(Callback):
         engine._forward_step = with_faults
 
     def on_step_end(self, trainer: Trainer, report: StepReport) -> None:
+        self.course.append((trainer.state.step, report.result.loss, report.result.applied))
         for number, fault in enumerate(self.faults):
             if fault.kind == "corrupted_weight" and trainer.state.step == fault.step and number not in self._done:
                 self._done.add(number)
@@ -87,6 +92,9 @@ class FaultInjector(Callback):
                 for fragment in trainer.engine.state_fragments():
                     if fragment.name.startswith(f"{fault.module}.fp8.") and fragment.name.endswith("_fwd"):
                         fragment.tensor.fill_(fault.value)
+
+    def on_train_end(self, trainer: Trainer) -> None:
+        self.outcome = {name: value for name, value in trainer.state.as_dict().items() if name != "seconds"}
 
 
 def corrupt(engine: Any, parameter: str, value: float) -> None:
@@ -123,6 +131,13 @@ def _hook(kind: str, rows: list[int]) -> Any:
 
 def run_with_faults(arguments: Sequence[str], faults: Sequence[Fault]) -> str | None:
     """A pretraining run with faults; returns the message where the guard stopped it. Collective: the world."""
+    return run_and_tell(arguments, faults)[0]
+
+
+def run_and_tell(
+    arguments: Sequence[str], faults: Sequence[Fault]
+) -> tuple[str | None, list[tuple[int, float, bool]], dict[str, Any]]:
+    """The same; also what this rank saw of each step, and its state at the end: see :class:`FaultInjector`."""
     from gptoughts.config.cli import load_experiment
     from gptoughts.errors import StabilityError
     from gptoughts.models.registry import FAMILIES
@@ -131,8 +146,10 @@ def run_with_faults(arguments: Sequence[str], faults: Sequence[Fault]) -> str | 
 
     world_size = torch.distributed.get_world_size()
     experiment = load_experiment(list(arguments), FAMILIES, world_size=world_size, inspect=inspect)
+    injector = FaultInjector(faults)
+    message = None
     try:
-        run(experiment, extra_callbacks=[FaultInjector(faults)])
+        run(experiment, extra_callbacks=[injector])
     except StabilityError as error:
-        return str(error)
-    return None
+        message = str(error)
+    return message, injector.course, injector.outcome

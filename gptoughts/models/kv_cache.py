@@ -48,15 +48,16 @@ class KVCache:
     ) -> None:
         self.rows, self.places = rows, places
         self.device = device
+        shapes = [layer.kept_shapes() for layer in layers]
+        assert len(set(shapes)) == 1, "all layers keep the same"
         with torch.inference_mode(False):  # so that it can be written inside inference_mode and outside
-            self.kept: list[tuple[Tensor, ...]] = [
-                tuple(
-                    # Zeros: a place that was never written must not hold a NaN, which no mask stops.
-                    torch.zeros(rows, heads, places, width, dtype=dtype, device=device)
-                    for heads, width in layer.kept_shapes()
-                )
-                for layer in layers
+            self.whole: list[Tensor] = [
+                # Zeros: a place that was never written must not hold a NaN, which no mask stops.
+                torch.zeros(len(layers), rows, heads, places, width, dtype=dtype, device=device)
+                for heads, width in shapes[0]
             ]
+        """What all layers keep, [layers, r, heads, p, width] each."""
+        self.kept: list[tuple[Tensor, ...]] = list(zip(*self.whole, strict=True))
         """Per layer what it keeps, each [r, heads, p, width]."""
 
     @classmethod
@@ -69,13 +70,12 @@ class KVCache:
     @property
     def num_bytes(self) -> int:
         """Bytes that it takes."""
-        return sum(kept.numel() * kept.element_size() for layer in self.kept for kept in layer)
+        return sum(kept.numel() * kept.element_size() for kept in self.whole)
 
     def copy_row(self, source: int, target: int, length: int) -> None:
         """Make one row hold what another holds of its first ``length`` tokens."""
-        for layer in self.kept:
-            for kept in layer:
-                kept[target, :, :length] = kept[source, :, :length]
+        for kept in self.whole:
+            kept[:, target, :, :length] = kept[:, source, :, :length]
 
 
 @dataclass(frozen=True)
@@ -176,6 +176,50 @@ class LayerCache:
                 rows[each, :, window.positions] = values.transpose(0, 1)
             found.append(rows[:, :, : window.num_places])
         return tuple(found)
+
+
+@dataclass(frozen=True)
+class StepMemory:
+    """What one layer sees of a window of one token per row, from row 0 on."""
+
+    new: tuple[Tensor, ...] | None
+    """Places of the new tokens, [b, heads, width] of each tensor; unset: they are of different positions."""
+    seen: tuple[Tensor, ...]
+    """All that attention may look at, [b, heads, num_places, width]."""
+    window: LayerCache | None
+    """Where positions differ."""
+
+    @property
+    def is_visible(self) -> Tensor | None:
+        """The window's."""
+        return None if self.window is None else self.window.window.is_visible
+
+    def store(self, *new: Tensor) -> tuple[Tensor, ...]:
+        """Keep the new tokens, [b, heads, width] of each tensor; returns what attention may look at."""
+        if self.new is None:
+            assert self.window is not None
+            return self.window.store(*(values.unsqueeze(0) for values in new))
+        for place, values in zip(self.new, new, strict=True):
+            place.copy_(values)
+        return self.seen
+
+
+def step_memory(cache: KVCache, starts: Sequence[int]) -> list[StepMemory]:
+    """Every layer's memory for one token of each of the first rows, at position ``starts[row]``.
+
+    As :meth:`CacheWindow.looking_back`, but views of all layers are made at once: what each costs is Python's.
+
+    Raises:
+        ValueError: they do not fit into the cache.
+    """
+    b, start = len(starts), starts[0]
+    if min(starts) != max(starts):
+        return [StepMemory(None, (), layer) for layer in CacheWindow.looking_back(cache, starts, 1).layers()]
+    _check_fit(cache, 0, b, start + 1)
+    rows = [kept.narrow(1, 0, b) for kept in cache.whole]
+    new = zip(*(kept.select(3, start).unbind(0) for kept in rows), strict=True)
+    seen = zip(*(kept.narrow(3, 0, start + 1).unbind(0) for kept in rows), strict=True)
+    return [StepMemory(*views, None) for views in zip(new, seen, strict=True)]
 
 
 def attention_layers(model: Any, *, with_prediction: bool = False) -> list[Any]:

@@ -2,7 +2,8 @@
 
 The last stage adds the final norm and the logits n v/t w (the loss turns them into their gradient in place). Of a
 group of layers that is recomputed as a whole (``config.recompute``) the input alone is kept, n' h w, and backward has
-all that its layers keep once more. Named apart, not here: tensors that live inside one operator, masks of samples that
+all that its layers keep once more. With Transformer Engine's FP8 each layer also keeps its weights cast
+(``planning.fp8``). Named apart, not here: tensors that live inside one operator, masks of samples that
 are cut, and what a stage keeps of what it has sent on (``pipeline_output_bytes``).
 
 Legend: s sequence, b microbatch, n = s b / c tokens of c context-parallel ranks, n' of them on this rank, h hidden,
@@ -11,13 +12,14 @@ v vocabulary, t tensor-parallel ranks, w bytes per element.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from gptoughts.config.experiment import ExperimentConfig, ParallelConfig
 from gptoughts.config.model import ModelConfig
 from gptoughts.config.pipeline import stage_layers
 from gptoughts.config.recompute import layer_groups, recomputed_modules
-from gptoughts.planning.layers import FP32, INT64, Kept, Microbatch, layer_memory
+from gptoughts.planning.fp8 import cast_weights
+from gptoughts.planning.layers import FP32, INT64, NOTHING, Kept, Microbatch, layer_memory
 
 
 def first_stage_bytes(batch: Microbatch) -> int:
@@ -48,14 +50,16 @@ def last_stage_bytes(model: ModelConfig, batch: Microbatch, output_fraction: flo
     return norm + inputs + logits + loss
 
 
-def depth_memory(model: ModelConfig, batch: Microbatch, parallel: ParallelConfig, output_fraction: float) -> Kept:
-    """One depth of multi-token prediction, with logits of its own."""
+def depth_memory(
+    model: ModelConfig, batch: Microbatch, parallel: ParallelConfig, output_fraction: float, cast: Kept = NOTHING
+) -> Kept:
+    """One depth of multi-token prediction, with logits of its own; ``cast``: its layer's cast weights."""
     h, own = model.hidden_size, batch.own_tokens
     # The embedding's output; both norms' inverses, and [embedding ; state] ahead of their projection.
     embedded = own * h * batch.width + first_stage_bytes(batch)
     entrance = own * (2 * h * batch.width + 2 * FP32)
     ends = embedded + last_stage_bytes(model, batch, output_fraction)
-    layer = layer_memory(model, model.num_layers, batch, recomputed_modules(parallel))
+    layer = layer_memory(model, model.num_layers, batch, recomputed_modules(parallel)).plus(cast)
     if parallel.recompute_granularity == "full" and parallel.recompute_method != "block":
         return Kept(ends, entrance + layer.kept)
     return Kept(ends + entrance + layer.kept, layer.remade)
@@ -66,12 +70,29 @@ def multi_token_bytes(model: ModelConfig, batch: Microbatch, output_fraction: fl
     return model.mtp_depths() * depth_memory(model, batch, ParallelConfig(), output_fraction).kept
 
 
-def chunk_memory(model: ModelConfig, layers: Sequence[int], batch: Microbatch, parallel: ParallelConfig) -> Kept:
-    """The layers of a chunk of one microbatch, with the rotary table; what is remade at the fullest moment."""
+def chunk_memory(
+    model: ModelConfig,
+    layers: Sequence[int],
+    batch: Microbatch,
+    parallel: ParallelConfig,
+    cast: Callable[[int], Kept] = lambda _: NOTHING,
+) -> Kept:
+    """The layers of a chunk of one microbatch, with the rotary table; what is remade at the fullest moment.
+
+    Args:
+        model: The shape.
+        layers: By their indices over the whole model.
+        batch: The microbatch.
+        parallel: The layout.
+        cast: Cast weights of a layer (``planning.fp8``).
+    """
     modules = recomputed_modules(parallel)
     groups = []
     for group in layer_groups(len(layers), parallel):
-        of_layers = [layer_memory(model, layers[place], batch, modules) for place in group.layers]
+        of_layers = [
+            layer_memory(model, index, batch, modules).plus(cast(index))
+            for index in (layers[place] for place in group.layers)
+        ]
         whole = sum(layer.kept for layer in of_layers)
         if group.is_recomputed:
             only_input = batch.own_tokens * model.hidden_size * batch.width
@@ -128,8 +149,13 @@ def stage_activation_bytes(
 ) -> int:
     """What a rank of a stage keeps at its fullest, over all microbatches in flight."""
     model, parallel = config.model, config.parallel
+    modules = recomputed_modules(parallel)
+
+    def cast(index: int) -> Kept:
+        return cast_weights(config, index, modules)
+
     of_chunks = [
-        chunk_memory(model, layers, batch, parallel) for layers in stage_layers(model.num_layers, parallel)[stage]
+        chunk_memory(model, layers, batch, parallel, cast) for layers in stage_layers(model.num_layers, parallel)[stage]
     ]
     chunks = [chunk.kept for chunk in of_chunks]
     if stage == 0:
@@ -141,7 +167,7 @@ def stage_activation_bytes(
     # The loss's backward follows at once; it is over when that of the layers begins.
     ends = last_stage_bytes(model, batch, output_fraction)
     if model.mtp_depths():
-        depth = depth_memory(model, batch, parallel, output_fraction)
+        depth = depth_memory(model, batch, parallel, output_fraction, cast(model.num_layers))
         of_last_depth = max(0, depth.remade - last_stage_bytes(model, batch, output_fraction))
         ends += model.mtp_depths() * depth.kept + of_last_depth
     return kept + max(ends, remade)

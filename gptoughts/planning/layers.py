@@ -102,6 +102,13 @@ class Kept:
     remade: int = 0
     """In its backward besides."""
 
+    def plus(self, other: Kept) -> Kept:
+        """Both beside each other."""
+        return Kept(self.kept + other.kept, self.remade + other.remade)
+
+
+NOTHING = Kept(0)
+
 
 def layer_bytes(model: ModelConfig, index: int, batch: Microbatch) -> int:
     """What one layer keeps of one microbatch where nothing is recomputed.

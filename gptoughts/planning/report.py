@@ -84,7 +84,7 @@ def table(plans: Sequence[tuple[Plan, StepTime]]) -> Table:
     for plan, time in plans:
         parallel, memory = plan.config.parallel, plan.memory
         parts = (memory.parameters, memory.gradients, memory.optimizer, memory.activations, memory.logits,
-                 memory.buffers)  # fmt: skip
+                 memory.buffers + memory.scaling)  # fmt: skip
         sent = time.traffic.num_bytes
         found.add_row(
             f"{parallel.tensor}{'+sp' if parallel.sequence else ''}",

@@ -78,11 +78,15 @@ def print_summary(experiment: Experiment, family: Family) -> None:
     for name, num_bytes in state.items():
         print(_line(f"{name} per rank", num_bytes))
     print(_line("sum per rank", sum(state.values())))
+    if memory.scaling:
+        on_top["FP8 scaling"] = memory.scaling
     for name, num_bytes in on_top.items():
         print(_line(f"{name} per rank", num_bytes))
     print(_line("in all per rank", memory.total) + " (predicted, on the fullest rank; docs/parallelism.md)")
     if memory.host:
         print(_line("in the host's memory", memory.host) + " per rank")
+    if memory.disk:
+        print(_line("on the disk", memory.disk) + " per rank")
 
 
 def _line(name: str, num_bytes: int) -> str:

@@ -13,7 +13,7 @@ from gptoughts.models.registry import FAMILIES
 from gptoughts.training.metrics import read_metrics
 from tests.gpu.training_test import needs_engine
 from tests.inference.saved_toy import save_toy
-from tests.integration.conftest import ROOT, Corpus, corpus, run_program
+from tests.integration.conftest import ROOT, Corpus, corpus, python_path, run_program
 
 __all__ = ["corpus"]  # a fixture
 
@@ -23,8 +23,8 @@ def launch(*arguments: str, timeout_seconds: float = 240) -> subprocess.Complete
     command = [str(launcher)] if launcher.is_file() else [sys.executable, "-m", "deepspeed.launcher.runner"]
     command += ["--num_gpus", "1", "--master_port", str(20000 + os.getpid() % 20000), "launchers/pretrain.py"]
     return subprocess.run(
-        [*command, *arguments], cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
-        timeout=timeout_seconds, check=False,
+        [*command, *arguments], cwd=ROOT, env=os.environ | {"PYTHONPATH": python_path()}, capture_output=True,
+        text=True, timeout=timeout_seconds, check=False,
     )  # fmt: skip
 
 

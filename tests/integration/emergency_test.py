@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shlex
 import subprocess
@@ -135,6 +136,42 @@ def test_an_emergency_run_goes_on_from_the_newest_good_checkpoint(failed: Path) 
     assert len(read_events(failed)) == 4, "nothing was wrong with these samples, and nothing happened since"
     with pytest.raises(CheckpointError, match="holds no checkpoint"):
         emergency.plan(ROOT / "docs")
+
+
+@pytest.mark.slow
+def test_a_run_that_went_nan_is_diagnosed_and_goes_on(corpus: Corpus, tmp_path: Path) -> None:
+    """Without a guard, a weight breaks after step 7: all that follows is NaN, and so is the last checkpoint."""
+    run = tmp_path / "run"
+    flags = [
+        *TINY, f"--data={corpus.prefix}", f"--output_dir={run}", "--train.steps=13", "--stability.enabled=false",
+        "--checkpoint.interval_steps=3", "--checkpoint.keep_last=0", "--log.plot=false", "--optim.lr=1e-3",
+    ]  # fmt: skip
+    run_distributed(run_with_faults, 1, flags, [Fault("corrupted_weight", step=7)])
+    assert all(math.isnan(line["loss"]) for line in read_metrics(run / "metrics.jsonl")[7:])
+    done = script("optimize_nan", str(run), "--run")
+    assert done.returncode == 0, done.stderr
+    for words in (
+        "metrics: step 8 to 13: non-finite loss or gradient norm",
+        "step_00000006: good",
+        f"step_00000013: weight {Fault.parameter} is not finite",
+        "switch the guard on: --stability.enabled true",
+        "step_00000006 --optim.lr 0.0003",
+    ):
+        assert words in done.stdout
+    lines = read_metrics(run / "metrics.jsonl")
+    assert [line["step"] for line in lines] == list(range(1, 14))
+    assert all(math.isfinite(line["loss"]) and math.isfinite(line["grad_norm"]) for line in lines)
+    assert lines[-1]["loss"] < lines[5]["loss"]
+    assert max(line["lr"] for line in lines[6:]) < 3.01e-4
+    assert emergency.verify(layout.list_checkpoints(run)[-1]).problem is None
+    assert layout.step_of(layout.list_checkpoints(run)[-1]) == 13
+
+
+def test_a_run_without_a_good_checkpoint_cannot_go_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.yaml").write_text("grad_clip: 1.0\nstability: {enabled: true}\n")
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 1, "loss": float("nan"), "grad_norm": 1.0}) + "\n")
+    assert diagnose.main([str(tmp_path), "--run"]) == 1
+    assert "no good checkpoint to go on from: start anew" in capsys.readouterr().out
 
 
 def test_the_scripts_print_what_they_would_run(failed: Path, corpus: Corpus) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -15,7 +16,7 @@ from gptoughts.data.pretrain import build_samples
 from gptoughts.training.events import read_events
 from gptoughts.training.metrics import read_metrics
 from tests.distributed import WorkerError, run_distributed
-from tests.faults import Fault, run_with_faults
+from tests.faults import Fault, run_and_tell
 from tests.integration.conftest import TINY, Corpus
 
 STEPS = 24
@@ -62,9 +63,9 @@ ACTIONS = {
 
 def train(corpus: Corpus, run: Path, *arguments: str, faults: Any = (), world_size: int = 1) -> str | None:
     flags = [*RUN, f"--data={corpus.prefix}", f"--output_dir={run}", *arguments]
-    messages = run_distributed(run_with_faults, world_size, flags, list(faults))
-    assert len(set(messages)) == 1
-    return messages[0]
+    ranks = run_distributed(run_and_tell, world_size, flags, list(faults))
+    assert len({repr(rank) for rank in ranks}) == 1, "ranks saw other losses, or acted otherwise"
+    return ranks[0][0]
 
 
 def valid_loss(run: Path) -> float:
@@ -89,6 +90,11 @@ _SLOW_FAULTS = {"large weight"}
 def test_a_run_heals(corpus: Corpus, undisturbed: Path, tmp_path: Path, name: str) -> None:
     faults, arguments = FAULTS[name]
     assert train(corpus, tmp_path, *arguments, faults=faults) is None
+    check_healed(name, tmp_path, undisturbed)
+
+
+def check_healed(name: str, tmp_path: Path, undisturbed: Path, rank: int = 0) -> None:
+    """One of ``FAULTS``, that began on ``rank``, did what it should and left nothing behind."""
     events = read_events(tmp_path)
     assert [event["action"] for event in events] == ACTIONS.get(name, ["skip"])
     lines = read_metrics(tmp_path / "metrics.jsonl")
@@ -100,10 +106,48 @@ def test_a_run_heals(corpus: Corpus, undisturbed: Path, tmp_path: Path, name: st
     assert state["step"] == STEPS
     assert math.isfinite(lines[-1]["loss"]) or name == "last step"
     for event in events:
-        check_origin(name, event)
+        check_origin(name, event, rank)
 
 
-def check_origin(name: str, event: dict[str, Any]) -> None:
+# Layout -> ranks, arguments, the rank that has place 1 of a step (tensor-parallel peers: the first that has it).
+SEVERAL: dict[str, tuple[int, tuple[str, ...], int]] = {
+    "tp2": (2, ("--batch_size=4", "--parallel.tensor=2"), 0),
+    "dp4 zero3": (4, ("--batch_size=1",), 1),
+    "tp2 sp dp2 zero2": (4, ("--batch_size=2", "--parallel.tensor=2", "--parallel.sequence=true"), 0),
+}
+ON_SEVERAL = [
+    ("tp2", "inf_activation"),
+    *(("dp4 zero3", name) for name in FAULTS),
+    *(("tp2 sp dp2 zero2", name) for name in ("nan_gradient", "inf_activation", "corrupted_weight", "poisoned amax")),
+]
+
+
+@pytest.mark.parametrize(
+    ("where", "name"),
+    [pytest.param(*case, marks=[pytest.mark.slow] if index else []) for index, case in enumerate(ON_SEVERAL)],
+)
+def test_several_ranks_heal_from_each_fault(
+    corpus: Corpus, undisturbed: Path, tmp_path: Path, where: str, name: str
+) -> None:
+    """The same events as on one rank, the same end, and all ranks alike (:func:`train`).
+
+    An infinity appears on one rank only: in its part of the batch, or in its copy of what tensor-parallel peers share.
+    """
+    world_size, arguments, rank = SEVERAL[where]
+    faults, others = FAULTS[name]
+    if "tp2" in where and name == "inf_activation":
+        rank = 1  # the second of the two that have the sample
+    faults = [dataclasses.replace(fault, rank=rank if fault.kind == "inf_activation" else None) for fault in faults]
+    stage = int(where[-1]) if "zero" in where else 0
+    config = tmp_path / "ds.json"
+    config.write_text(json.dumps({"zero_optimization": {"stage": stage}}))
+    run = tmp_path / "run"
+    flags = (*others, f"--deepspeed_config={config}", *arguments)
+    assert train(corpus, run, *flags, faults=faults, world_size=world_size) is None
+    check_healed(name, run, undisturbed, rank)
+
+
+def check_origin(name: str, event: dict[str, Any], rank: int) -> None:
     """The event names where it began, as far as numbers that are not finite tell."""
     origin = event.get("origin")
     if event["trigger"] != "non_finite":
@@ -121,7 +165,7 @@ def check_origin(name: str, event: dict[str, Any]) -> None:
         return
     assert origin["samples"] == [sample for sample in fault.samples if sample in samples_of(event["step"])]
     assert (origin["module"], origin["layer"]) == (fault.module, 0)
-    assert origin["rank"] == 0
+    assert origin["rank"] == rank
     if fault.kind == "nan_gradient":
         assert (origin["phase"], origin["value"]) == ("backward", "NaN")
         assert origin["parameter"] == f"{fault.module}.weight"
@@ -199,7 +243,8 @@ def test_a_run_that_cannot_heal_ends_with_a_good_state(corpus: Corpus, undisturb
     assert len(read_events(tmp_path)) == 6
 
 
-def test_the_last_sample_of_an_epoch_is_left_out(corpus: Corpus, tmp_path: Path) -> None:
+@pytest.mark.parametrize("world_size", [1, pytest.param(4, marks=pytest.mark.slow)])
+def test_the_last_sample_of_an_epoch_is_left_out(corpus: Corpus, tmp_path: Path, world_size: int) -> None:
     options = ("--block_size=512", "--train.global_batch_size=16", "--stability.on_non_finite=rollback")
     samples = build_samples(
         [(1.0, f"{corpus.prefix}_train")], seq_length=512, num_extra_tokens=1, seed=1, cache_dir=None
@@ -207,7 +252,7 @@ def test_the_last_sample_of_an_epoch_is_left_out(corpus: Corpus, tmp_path: Path)
     (epoch,) = samples.num_samples_per_epoch
     steps = epoch // 16 + 2
     for name, faults in (("bad", [Fault("nan_gradient", (epoch - 1,))]), ("good", [])):
-        train(corpus, tmp_path / name, *options, f"--train.steps={steps}", faults=faults)
+        train(corpus, tmp_path / name, *options, f"--train.steps={steps}", faults=faults, world_size=world_size)
     (event,) = read_events(tmp_path / "bad")
     assert event["origin"]["samples"] == [epoch - 1]
     first = (epoch - 1) // 16 * 16

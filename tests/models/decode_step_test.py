@@ -14,10 +14,10 @@ PREFIX = 9
 
 
 @torch.inference_mode()
-def step_beside_modules(name: str, ragged: bool, tied: bool = False) -> tuple[float, float]:
+def step_beside_modules(name: str, ragged: bool, tied: bool = False, tensor: int = 1) -> tuple[float, float]:
     """Errors of states over three steps, and of what is kept at the end."""
     changes = {"q_lora_rank": None} if name == "mla" and ragged else {}
-    model = build(name, untie_embeddings_and_output_weights=not tied, **changes)
+    model = build(name, tensor, untie_embeddings_and_output_weights=not tied, **changes)
     assert is_decodable(model)
     tokens = rows()
     caches = [KVCache.of_model(model, rows=len(LENGTHS), places=PLACES) for _ in range(2)]
@@ -45,6 +45,41 @@ def step_beside_modules(name: str, ragged: bool, tied: bool = False) -> tuple[fl
 @pytest.mark.parametrize("name", ["gpt", "mla", "deepseek"])
 def test_a_step_equals_the_modules(name: str, ragged: bool) -> None:
     (errors,) = run_distributed(step_beside_modules, 1, name, ragged)
+    assert max(errors) < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("name", "ragged", "tied"), [("gpt", False, True), ("mla", False, False), ("mla", True, False)]
+)
+def test_a_step_of_tensor_parallel_ranks_equals_their_modules(name: str, ragged: bool, tied: bool) -> None:
+    for errors in run_distributed(step_beside_modules, 2, name, ragged, tied, 2):
+        assert max(errors) < TOLERANCE
+
+
+def test_divided_experts_stay_with_the_modules() -> None:
+    assert run_distributed(knows_divided_experts, 2) == [False, False]
+
+
+def knows_divided_experts() -> bool:
+    return is_decodable(build("deepseek", 2))
+
+
+@torch.inference_mode()
+def latents_on_threads() -> list[float]:
+    """Errors of a row of latent attention on one, two and four threads, beside the modules."""
+    model, tokens, before = build("mla"), rows()[:1], torch.get_num_threads()
+    cache = KVCache.of_model(model, rows=1, places=PLACES)
+    expected = cached_states(model, tokens, CacheWindow.looking_back(cache, [0], tokens.size(1)))[-1]
+    step, found = DecodeStep(model), []
+    for threads in (1, 2, 4):
+        torch.set_num_threads(threads)
+        found.append(error(step.states([int(tokens[0, -1])], [tokens.size(1) - 1], cache), expected))
+    torch.set_num_threads(before)
+    return found
+
+
+def test_threads_share_the_heads_of_one_row() -> None:
+    (errors,) = run_distributed(latents_on_threads, 1)
     assert max(errors) < TOLERANCE
 
 

@@ -13,6 +13,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
+from gptoughts.config.fp8 import is_fp8_state
 from gptoughts.models import moe
 from gptoughts.models.recompute import RemadeOutputs
 from gptoughts.models.stages import shared_embedding_weight
@@ -133,6 +134,12 @@ def _optimizer_state(run: ToyRun) -> list[Any]:
     return found
 
 
+def _scaling(run: ToyRun) -> list[Tensor]:
+    """FP8's histories and scales, and their copies."""
+    live = [fragment.tensor for fragment in run.engine.state_fragments() if is_fp8_state(fragment.name)]
+    return live + [tensor for name, tensor in run.engine.buffers_before_step.items() if is_fp8_state(name)]
+
+
 def _buckets(run: ToyRun) -> list[Any]:
     found: list[Any] = []
     for bucket in getattr(run.engine.deepspeed.optimizer, "ipg_buckets", {}).values():
@@ -159,6 +166,7 @@ def measure(family: str, layout: Layout, folder: str) -> Mapping[str, float]:
         run.engine.train_step(microbatches, lr=1e-3)
     found["parameters"] = storage_bytes(_parameters(run))
     found["optimizer"] = storage_bytes(_optimizer_state(run))
+    found["scaling"] = storage_bytes(_scaling(run))
     found["activations"] = kept.peak
     found["left_over"] = kept.now
     found["output_fraction"] = max(selected, default=1.0)
