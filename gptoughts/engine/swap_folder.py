@@ -17,20 +17,23 @@ from contextlib import suppress
 from pathlib import Path
 
 _PREFIX, _LOCK = "gptoughts-", ".lock"
+_MADE_HERE = ".made_by_gptoughts"
+"""Empty file in a folder that no user has made."""
 
 
 class SwapFolder:
     """A claimed folder; removed by :meth:`remove`, and at the latest when the process ends in an orderly way.
 
     Args:
-        parent: What the user named; made where it is not there, and then removed again if this claim is its last.
+        parent: What the user named; made where it is not there, and then removed again with the last claim in it.
     Raises:
         OSError: it cannot be made or written.
     """
 
     def __init__(self, parent: Path) -> None:
-        is_new = not parent.exists()
-        parent.mkdir(parents=True, exist_ok=True)
+        if not parent.exists():
+            parent.mkdir(parents=True, exist_ok=True)
+            (parent / _MADE_HERE).touch()
         sweep(parent)
         self.path = parent / f"{_PREFIX}{uuid.uuid4().hex}"
         lock = self.path.with_name(self.path.name + _LOCK)
@@ -39,7 +42,7 @@ class SwapFolder:
         # Only a folder that is there without a locked file beside it is left behind: this order matters to sweep().
         self.path.mkdir()
         owner = os.getpid()
-        self._finalizer = weakref.finalize(self, _remove, self.path, descriptor, owner, parent if is_new else None)
+        self._finalizer = weakref.finalize(self, _remove, self.path, descriptor, owner)
 
     def remove(self) -> None:
         """Remove it with all that is in it; again and again if need be."""
@@ -63,14 +66,16 @@ def sweep(parent: Path) -> list[Path]:
     return removed
 
 
-def _remove(folder: Path, descriptor: int, owner: int, made: Path | None) -> None:
+def _remove(folder: Path, descriptor: int, owner: int) -> None:
     if os.getpid() != owner:
         return  # a forked child, which has inherited the claim
     _delete(folder)
     os.close(descriptor)
-    if made is not None:
-        with suppress(OSError):  # others are in it still
-            made.rmdir()
+    parent, mark = folder.parent, folder.with_name(_MADE_HERE)
+    with suppress(OSError):  # another rank is as far
+        if mark.exists() and list(parent.iterdir()) == [mark]:
+            mark.unlink()
+            parent.rmdir()
 
 
 def _delete(folder: Path) -> None:

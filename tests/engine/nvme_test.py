@@ -127,7 +127,7 @@ def _join(ranks: list[dict[tuple[str, str], list[tuple[int, torch.Tensor]]]]) ->
 def _go_on(path: str, folder: str, pipeline: int, steps: int) -> tuple[Any, list[float], Any]:
     """State after resuming, losses of further steps, state after these; the last step is saved."""
     run = _run(path, folder, "bf16", pipeline)
-    if Path(folder, "run").exists():
+    if Path(folder, "run", "checkpoints").exists():
         run.resume()
     before = _whole(run)
     losses = [result.loss for result in run.train(steps)]
