@@ -24,7 +24,8 @@ from torch import Tensor
 from gptoughts.inference.sampling import Sampler
 from gptoughts.inference.sampling_options import SamplingOptions
 from gptoughts.inference.text_stream import TextStream
-from gptoughts.models.decode_step import DecodeStep, is_decodable, lay_out_for_decoding
+from gptoughts.models.decode_operations import lay_out_for_decoding
+from gptoughts.models.decode_step import DecodeStep, is_decodable
 from gptoughts.models.kv_cache import CacheWindow, KVCache, cached_states
 from gptoughts.parallel import groups
 
