@@ -21,8 +21,7 @@ import torch
 from torch import Tensor
 
 from gptoughts.inference.diffusion_options import DiffusionOptions
-
-_PART = 128
+from gptoughts.inference.sampling import likeliest
 
 
 @dataclass(frozen=True)
@@ -70,7 +69,7 @@ def predict(
         uniform = _draws(generators, counts, logits.size(1), logits.device)
         # exp(l) / (-log u)^T as published, in its logarithm: large logits have no exponential.
         noisy = logits - options.temperature * uniform.log_().neg_().log_()
-    tokens = _largest(noisy)
+    tokens = likeliest(noisy)
     if options.remasking == "random":
         return tokens, _draws(generators, counts, 1, logits.device).squeeze(1)
     if options.defer_ends:
@@ -79,16 +78,6 @@ def predict(
         for token in special.ends():
             logits[:, token] = -torch.inf
     return tokens, _probabilities(logits, tokens)
-
-
-def _largest(logits: Tensor) -> Tensor:
-    """argmax of [n, v], by parts: torch's own is a loop over single numbers on a CPU, ten times slower than amax."""
-    n, v = logits.shape
-    if v % _PART:
-        return logits.argmax(dim=-1)
-    parts = logits.view(n, v // _PART, _PART)
-    part = parts.amax(dim=-1).argmax(dim=-1)
-    return part * _PART + parts[torch.arange(n, device=logits.device), part].argmax(dim=-1)
 
 
 def _probabilities(logits: Tensor, tokens: Tensor) -> Tensor:
