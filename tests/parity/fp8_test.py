@@ -25,7 +25,9 @@ STAGES_LOSS_RELATIVE = 1e-5
 TENSOR_STEP_1_AMAX_RELATIVE = 1e-5
 TENSOR_LOSS_RELATIVE = 1e-2
 UNROUNDED_LOSS_RELATIVE, UNROUNDED_AMAX_RELATIVE = 1e-5, 1e-5
-ROUNDED_STEP_LOSS_RELATIVE, ROUNDED_FORWARD_RELATIVE, ROUNDED_BACKWARD_RELATIVE = 1e-4, 1e-3, 0.1
+ROUNDED_STEP_LOSS_RELATIVE = 1e-4
+FLIPPED_RELATIVE, FLIPPED_FRACTION = 0.25, 0.1
+"""Between two neighbouring numbers of E5M2, and which part of magnitudes may follow an element at the other one."""
 REPLICAS_LOSS_RELATIVE = 1e-2
 STEPS = 50
 
@@ -159,9 +161,13 @@ def test_tensor_parallel_ranks_have_the_magnitudes_of_one_rank(family: str, layo
         assert [loss for loss, _ in found] == pytest.approx([loss for loss, _ in expected], rel=TENSOR_LOSS_RELATIVE)
         here, there = found[0][1], expected[0][1]
         assert here.keys() == there.keys()
-        if layout.precision == "fp32":
-            for name, tensor in there.items():
-                torch.testing.assert_close(here[name], tensor, rtol=TENSOR_STEP_1_AMAX_RELATIVE, atol=0, msg=name)
+        if layout.precision == "bf16":
+            continue
+        for name, tensor in there.items():
+            # In this model's first backward one element of a gradient of the first layer goes to the other number.
+            is_flipped = family == "deepseek" and name.endswith("_bwd")
+            rtol = FLIPPED_RELATIVE if is_flipped else TENSOR_STEP_1_AMAX_RELATIVE
+            torch.testing.assert_close(here[name], tensor, rtol=rtol, atol=0, msg=name)
 
 
 @pytest.mark.slow
@@ -176,8 +182,8 @@ def test_each_tensor_parallel_step_is_that_of_one_rank(
     """Every step from the state that one rank had before it, experts as chosen there: nothing grows from step to step.
 
     Without the rounding of casts every magnitude of every layer, forward and backward, is that of one rank. With it an
-    element of a gradient that lies between two numbers of E5M2 goes to either, a quarter of itself apart, and what is
-    computed from it, down to the first layer, has another largest element in some steps.
+    element between two numbers of FP8 goes to either, and the largest element of what is computed from it, down to the
+    gradients of the first layer, is another one: rarely, and never by more than such an element itself.
     """
     whole = Layout(extra=layout.extra)
     one, several = tmp_path / "one", tmp_path / "several"
@@ -186,16 +192,21 @@ def test_each_tensor_parallel_step_is_that_of_one_rank(
         train_watched, layout.world_size, family, layout, str(several), str(one / "routing.pt"), str(one / "run"),
         is_rounded,
     )  # fmt: skip
-    of_loss, forward, backward = UNROUNDED_LOSS_RELATIVE, UNROUNDED_AMAX_RELATIVE, UNROUNDED_AMAX_RELATIVE
-    if is_rounded:
-        of_loss, forward, backward = ROUNDED_STEP_LOSS_RELATIVE, ROUNDED_FORWARD_RELATIVE, ROUNDED_BACKWARD_RELATIVE
+    of_loss = ROUNDED_STEP_LOSS_RELATIVE if is_rounded else UNROUNDED_LOSS_RELATIVE
+    of_each = FLIPPED_RELATIVE if is_rounded else UNROUNDED_AMAX_RELATIVE
     for found in everyone:
+        differences: dict[str, list[Tensor]] = {"fwd": [], "bwd": []}
         for step, ((loss, here), (expected_loss, there)) in enumerate(zip(found, expected, strict=True), start=1):
             assert loss == pytest.approx(expected_loss, rel=of_loss), step
             assert here.keys() == there.keys()
             for name, tensor in there.items():
-                rtol = backward if name.endswith("_bwd") else forward
-                torch.testing.assert_close(here[name], tensor, rtol=rtol, atol=0, msg=f"{name}, step {step}")
+                torch.testing.assert_close(here[name], tensor, rtol=of_each, atol=0, msg=f"{name}, step {step}")
+                if "amax_history" in name:
+                    newest = tensor[-1][tensor[-1] > 0]
+                    differences[name[-3:]].append((here[name][-1][tensor[-1] > 0] / newest - 1).abs())
+        for direction, of_direction in differences.items():
+            is_beyond = torch.cat(of_direction) > UNROUNDED_AMAX_RELATIVE
+            assert is_beyond.float().mean() <= (FLIPPED_FRACTION if is_rounded else 0), direction
 
 
 @pytest.mark.parametrize(
