@@ -33,7 +33,8 @@ def validation_loss(family: str, output: Path, arguments: argparse.Namespace, fl
         "--train.valid_interval_steps=0", "--checkpoint.keep_last=1", "--resume=none", "--log.plot=false",
         "--log.interval_steps=50", *arguments.flags, *flags,
     ]  # fmt: skip
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    environment = os.environ | {"PYTHONPATH": path}
     subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL)
     lines = [line for line in read_metrics(output / METRICS_FILE) if "valid_loss" in line]
     return float(lines[-1]["valid_loss"])

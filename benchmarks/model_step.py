@@ -28,10 +28,16 @@ from gptoughts.parallel import groups
 from gptoughts.platform import device
 
 Step = Callable[[torch.Tensor], float]
-SHAPE = GPTConfig(
+CPU_SHAPE = GPTConfig(
     num_layers=6, hidden_size=384, ffn_hidden_size=1024, num_attention_heads=6, vocab_size=8192, seq_length=512
 )
 """17M parameters."""
+GPU_SHAPE = GPTConfig(
+    num_layers=12, hidden_size=2048, ffn_hidden_size=5632, num_attention_heads=16, vocab_size=32768, seq_length=2048
+)
+"""0.75G parameters."""
+SHAPE = GPU_SHAPE if device.is_cuda() else CPU_SHAPE
+"""One that fills this machine's device."""
 
 
 def fused_adamw(model: torch.nn.Module) -> torch.optim.AdamW:

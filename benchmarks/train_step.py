@@ -113,8 +113,10 @@ def start_peers(precision: str, batch_size: int) -> dict[str, Connection]:
     return pipes
 
 
-def experiment(precision: str, zero_stage: int, batch_size: int, steps: int, folder: Path) -> Experiment:
-    """The 17M Llama shape on a corpus of random tokens."""
+def experiment(
+    precision: str, zero_stage: int, batch_size: int, steps: int, folder: Path, flags: list[str]
+) -> Experiment:
+    """The Llama shape on a corpus of random tokens."""
     config = folder / "ds.json"
     config.write_text(json.dumps({"zero_optimization": {"stage": zero_stage}}))
     prefix = random_corpus(folder / "corpus", num_tokens=1_000_000, vocab_size=SHAPE.vocab_size)
@@ -124,18 +126,20 @@ def experiment(precision: str, zero_stage: int, batch_size: int, steps: int, fol
         f"--model.num_layers={SHAPE.num_layers}", f"--model.hidden_size={SHAPE.hidden_size}",
         f"--model.ffn_hidden_size={SHAPE.ffn_hidden_size}", f"--model.num_attention_heads={SHAPE.num_attention_heads}",
         f"--model.vocab_size={SHAPE.vocab_size}", f"--train.steps={steps}", "--checkpoint.interval_steps=0",
-        "--log.plot=false",
+        "--log.plot=false", *flags,
     ]  # fmt: skip
     return load_experiment(arguments, FAMILIES, world_size=1)
 
 
-def compare(precision: str, zero_stage: int, batch_size: int, steps: int, warmup_steps: int) -> dict[str, Any]:
+def compare(
+    precision: str, zero_stage: int, batch_size: int, steps: int, warmup_steps: int, flags: list[str]
+) -> dict[str, Any]:
     """Tokens per second of each contestant and the Trainer's ratio to each peer."""
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     peak = device.peak_tflops(dtype)  # while nothing else runs; kept for the run
     callback = PeersAfterEachStep(start_peers(precision, batch_size), warmup_steps)
     with tempfile.TemporaryDirectory() as folder:
-        plan = experiment(precision, zero_stage, batch_size, warmup_steps + steps, Path(folder))
+        plan = experiment(precision, zero_stage, batch_size, warmup_steps + steps, Path(folder), flags)
         run(plan, extra_callbacks=[callback])
     medians = {name: statistics.median(values) for name, values in callback.seconds.items()}
     tokens = batch_size * SHAPE.seq_length
@@ -144,6 +148,7 @@ def compare(precision: str, zero_stage: int, batch_size: int, steps: int, warmup
     return {
         "precision": precision,
         "zero_stage": zero_stage,
+        "flags": flags,
         "tokens_per_second": {name: round(tokens / value) for name, value in medians.items()},
         "ratio_to": {name: round(value / medians[OURS], 3) for name, value in medians.items() if name != OURS},
         "step_fraction": round(statistics.median(callback.step_seconds) / medians[OURS], 5),
@@ -160,6 +165,7 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=4, help="samples per step")
     parser.add_argument("--steps", type=int, default=12, help="timed steps per contestant")
     parser.add_argument("--warmup_steps", type=int, default=3)
+    parser.add_argument("--flags", nargs="*", default=[], metavar="FLAG", help="further flags of the Trainer's run")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: one per core")
     options = parser.parse_args()
     if options.precision == "both":
@@ -171,7 +177,9 @@ def main() -> None:
         return
     prepare_process()
     torch.set_num_threads(options.threads or len(os.sched_getaffinity(0)))
-    result = compare(options.precision, options.zero_stage, options.batch_size, options.steps, options.warmup_steps)
+    result = compare(
+        options.precision, options.zero_stage, options.batch_size, options.steps, options.warmup_steps, options.flags
+    )
     print(json.dumps(result), flush=True)
 
 

@@ -46,11 +46,14 @@ class ShardContent:
         self, fragments: Iterable[StateFragment], rng: Mapping[str, Tensor], *, tensor_rank: int, tensor_size: int
     ) -> None:
         self._tensors: dict[str, Tensor] = {}
+        self._fragments: dict[str, StateFragment] = {}
+        self._problem: OSError | None = None
         table: dict[str, Any] = {}
         for fragment in fragments:
             if fragment.is_owner:
                 key = f"{fragment.kind}/{fragment.start}/{fragment.name}"
                 self._tensors[key] = fragment.tensor.detach()
+                self._fragments[key] = fragment
                 table[key] = [list(fragment.shard_shape), fragment.partition_dim, fragment.partition_stride]
         # Bytes last: what is wider stays aligned.
         self._tensors |= {_RNG_PREFIX + name: state for name, state in rng.items()}
@@ -59,17 +62,23 @@ class ShardContent:
         }  # fmt: skip
 
     def copy(self, buffers: dict[str, Tensor]) -> None:
-        """Go on with a copy on the CPU; from then on the state may change.
+        """Go on with a copy on the host (``StateFragment.empty_copy``); from then on the state may change.
 
         Args:
             buffers: Where copies lie; kept by the caller, so that the next copy takes no new memory.
+
+        A copy on a disk that is full is a problem of :meth:`write`: training goes on.
         """
-        with device.background_stream():
-            for key, tensor in self._tensors.items():
-                buffer = buffers.get(key)
-                if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
-                    buffer = buffers[key] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-                self._tensors[key] = buffer.copy_(tensor, non_blocking=True)
+        try:
+            with device.background_stream():
+                for key, tensor in self._tensors.items():
+                    buffer = buffers.get(key)
+                    if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
+                        fragment = self._fragments.get(key)
+                        buffer = buffers[key] = torch.empty_like(tensor) if fragment is None else fragment.empty_copy()
+                    self._tensors[key] = buffer.copy_(tensor, non_blocking=True)
+        except OSError as error:
+            self._problem = error
         for key in buffers.keys() - self._tensors.keys():
             del buffers[key]
 
@@ -77,8 +86,10 @@ class ShardContent:
         """Write the file and flush it to the disk.
 
         Raises:
-            OSError: the disk is full or cannot be written.
+            OSError: the disk is full or cannot be written, also that of the copy.
         """
+        if self._problem is not None:
+            raise self._problem
         headers = [TensorHeader.of(key, tensor) for key, tensor in self._tensors.items()]
         return write_file(path, headers, lambda key: [self._tensors[key].cpu()], metadata=self._metadata)
 

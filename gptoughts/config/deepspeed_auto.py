@@ -12,6 +12,13 @@ LARGEST_BUCKET = 50_000_000
 PERSISTENT_ROWS = 10
 
 
+def parameters_on_rank(config: ExperimentConfig) -> int:
+    """Parameters that a rank would have with one pipeline stage and without ZeRO."""
+    experts = config.model.expert_parallel_parameters()
+    elsewhere = experts - experts // config.parallel.expert
+    return max(1, (config.model.total_parameters() - elsewhere) // config.parallel.tensor)
+
+
 def automatic_values(config: ExperimentConfig, zero_stage: int) -> dict[str, Any]:
     """Dotted JSON key -> value where the file has none or ``"auto"``.
 
@@ -19,10 +26,7 @@ def automatic_values(config: ExperimentConfig, zero_stage: int) -> dict[str, Any
     and below 1e5 elements stage 3 partitions nothing of a small model.
     """
     model, tensor = config.model, config.parallel.tensor
-    experts = model.expert_parallel_parameters()
-    elsewhere = experts - experts // config.parallel.expert
-    on_this_rank = max(1, (model.total_parameters() - elsewhere) // tensor)
-    bucket = min(LARGEST_BUCKET, on_this_rank)
+    bucket = min(LARGEST_BUCKET, parameters_on_rank(config))
     values: dict[str, Any] = {}
     if zero_stage > 0:
         values |= {

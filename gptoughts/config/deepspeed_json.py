@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gptoughts.config.deepspeed_auto import automatic_values
+from gptoughts.config.deepspeed_auto import automatic_values, parameters_on_rank
 from gptoughts.config.deepspeed_keys import BLOCKS, TOP_LEVEL, Kind, Rule
 from gptoughts.config.experiment import ExperimentConfig
+from gptoughts.config.offload import automatic_offload, offload_problems
 from gptoughts.config.options import LARGEST, did_you_mean
 
 AUTO = "auto"
@@ -131,17 +132,7 @@ def _check_zero(found: DeepSpeedJson) -> list[str]:
             f"{found.label}: zero_optimization.overlap_comm=true needs stage 2 or 3 (stage is {found.zero_stage}): "
             "below, DeepSpeed has no overlap with caller-owned accumulation"
         )
-    for block, least in (("offload_optimizer", 1), ("offload_param", 3)):
-        device = found.at(f"zero_optimization.{block}.device")
-        if device in (None, "none"):
-            continue
-        if device != "cpu":
-            reason = BLOCKS[f"zero_optimization.{block}"]["nvme_path"].note if device == "nvme" else "unknown device"
-            problems.append(f'{found.label}: zero_optimization.{block}.device="{device}": {reason}; allowed: none, cpu')
-        if found.zero_stage < least:
-            problems.append(
-                f"{found.label}: zero_optimization.{block} needs stage {least} or more (stage is {found.zero_stage})"
-            )
+    problems += offload_problems(found.label, found.zero_stage, found.at)
     for key in ("communication_data_type", "data_types.grad_accum_dtype"):
         dtype = found.at(key)
         if isinstance(dtype, str) and dtype not in ("fp32", "bf16", "fp16"):
@@ -164,23 +155,29 @@ def expert_parallel_problems(found: DeepSpeedJson, config: ExperimentConfig) -> 
     ]
 
 
-def for_deepspeed(found: DeepSpeedJson, config: ExperimentConfig) -> dict[str, Any]:
+def for_deepspeed(found: DeepSpeedJson, config: ExperimentConfig, data_parallel_size: int) -> dict[str, Any]:
     """What ``deepspeed.initialize`` is given: no ``"auto"``, nothing of ours, nothing that asks for nothing.
 
     Args:
         found: A file without problems.
         config: The resolved tree.
+        data_parallel_size: Data-parallel ranks.
     """
     given = _pruned(copy.deepcopy(found.values), TOP_LEVEL, "")
     automatic = automatic_values(config, found.zero_stage)
     zero = given.setdefault("zero_optimization", {})
     zero["stage"] = found.zero_stage
+    part = parameters_on_rank(config) // (config.parallel.pipeline * config.parallel.context * data_parallel_size)
+    automatic |= automatic_offload(zero, config.output_dir, max(1, part))
     for name, value in automatic.items():
         block, _, key = name.rpartition(".")
-        if block in given or block == "zero_optimization":
-            current = given[block].get(key)
-            if current in (None, AUTO, ""):
-                given[block][key] = value
+        holder: Any = given
+        for part_of_name in block.split("."):
+            holder = holder.get(part_of_name)
+            if holder is None:
+                break
+        if holder is not None and holder.get(key) in (None, AUTO, ""):
+            holder[key] = value
     given["train_micro_batch_size_per_gpu"] = config.batch_size
     # the schedule accumulates: DeepSpeed would divide the loss a second time (engine.py, "managed" accumulation)
     given["gradient_accumulation_steps"] = 1

@@ -87,7 +87,7 @@ TOP_LEVEL: Mapping[str, Rule] = {
     "data_types": _honoured("block", "dtype in which gradients accumulate (stages 1 to 3)"),
     "torch_autocast": _refused("use bf16: weights are bf16 with fp32 masters"),
     "bfloat16": _refused("an old name; write 'bf16'"),
-    "aio": _refused("read only for offload to NVMe, which is refused"),
+    "aio": _honoured("block", "how files are read and written where state is offloaded to NVMe"),
     "compile": _refused("DeepCompile refuses caller-owned accumulation (deepspeed 0.19.8, runtime/engine.py:2035)"),
     "disable_allgather": _refused("weights would not be gathered after a step"),
     "disable_python_gc": _honoured("bool", "DeepSpeed switches Python's garbage collector off while it trains"),
@@ -109,8 +109,7 @@ TOP_LEVEL: Mapping[str, Rule] = {
 }  # fmt: skip
 """Every top-level key."""
 
-_DEVICE = _honoured("text", "none or cpu")
-_NVME = _refused("NVMe offload hides the state from our checkpoints; use device cpu")
+_NVME_PATH = _honoured("text", "nvme: folder on a local disk; auto: OUTPUT_DIR/swap", auto=True)
 _MONITOR = {
     "enabled": _honoured("bool", "switches the monitor on"),
     "output_path": _honoured("text", "folder; auto or empty: OUTPUT_DIR/monitor", auto=True),
@@ -133,10 +132,12 @@ BLOCKS: Mapping[str, Mapping[str, Rule]] = {
         "stage3_module_granularity_threshold": _honoured("int", "modules smaller than this are fetched whole"),
         "stage3_use_all_reduce_for_fetch_params": _honoured("bool", "fetch with all-reduce instead of all-gather"),
         "stage3_allgather_sequential": _honoured("bool", "gather parameters one after another"),
-        "sub_group_size": _honoured("int", "elements that the optimizer updates at once (stage 3)"),
+        "sub_group_size": _honoured(
+            "int", "elements updated at once (stage 3); auto, with offload to NVMe: an eighth of a rank's", auto=True
+        ),
         "overlap_comm": _honoured("bool", "overlap reduction with backward (stages 2 and 3)"),
         "contiguous_gradients": _honoured("bool", "copy gradients into one buffer as they appear"),
-        "reduce_scatter": _honoured("bool", "reduce-scatter instead of all-reduce"),
+        "reduce_scatter": _honoured("bool", "reduce-scatter instead of all-reduce; left out: where that sends less"),
         "use_multi_rank_bucket_allreduce": _honoured("bool", "reduce a bucket for several ranks in one call"),
         "allgather_partitions": _honoured("bool", "gather with all-gather instead of broadcasts"),
         "round_robin_gradients": _honoured("bool", "spread gradient partitions for faster offload"),
@@ -172,17 +173,32 @@ BLOCKS: Mapping[str, Mapping[str, Rule]] = {
         "zeropp_loco_param": _refused(_REMOVED),
     },
     "zero_optimization.offload_optimizer": {
-        "device": _DEVICE,
+        "device": _honoured("text", "none, cpu, or nvme (stage 3)"),
         "pin_memory": _honoured("bool", "page-locked memory, faster to copy from a GPU"),
         "ratio": _refused("a part of the state on the GPU (ZeRO-Offload++) is not supported", 1, 1.0),
         "cpuadam_cores_perc": _refused("belongs to SuperOffload, which is not supported", 0.8),
         "super_offload": _refused("SuperOffload is not supported"),
-        "nvme_path": _NVME, "buffer_count": _NVME, "pipeline_read": _NVME, "pipeline_write": _NVME, "fast_init": _NVME,
+        "nvme_path": _NVME_PATH,
+        "buffer_count": _honoured("int", "nvme: tensors of a sub-group in memory; auto: the least, 4 to 12", auto=True),
+        "pipeline_read": _honoured("bool", "nvme: read the next sub-group while one is updated"),
+        "pipeline_write": _honoured("bool", "nvme: write the former sub-group while one is updated"),
+        "fast_init": _refused("weights are read once more at the start instead"),
     },
     "zero_optimization.offload_param": {
-        "device": _DEVICE,
+        "device": _honoured("text", "none, cpu or nvme"),
         "pin_memory": _honoured("bool", "page-locked memory, faster to copy from a GPU"),
-        "nvme_path": _NVME, "buffer_count": _NVME, "buffer_size": _NVME, "max_in_cpu": _NVME,
+        "nvme_path": _NVME_PATH,
+        "buffer_count": _refused("buffers are made as weights are fetched, as many as there have to be"),
+        "buffer_size": _refused("buffers are made as weights are fetched, each as large as its weights"),
+        "max_in_cpu": _honoured("int", "nvme: elements of weights that stay in the host's memory; auto: 0", auto=True),
+    },
+    "aio": {
+        "block_size": _honoured("int", "bytes per request; also the least that is swapped (1 MiB or more)"),
+        "queue_depth": _honoured("int", "requests under way at one time"),
+        "intra_op_parallelism": _honoured("int", "threads that divide a tensor"),
+        "single_submit": _honoured("bool", "hand requests over one by one"),
+        "overlap_events": _honoured("bool", "hand over further requests before earlier ones are done"),
+        "use_gds": _refused("GPUDirect Storage is not supported"),
     },
     "bf16": {
         "enabled": _translated("bool", "train.precision"),

@@ -190,7 +190,7 @@ def resolve(
         return None
     return Experiment(
         config=config,
-        deepspeed=for_deepspeed(layers.json, config),
+        deepspeed=for_deepspeed(layers.json, config, data_parallel_size),
         zero_stage=layers.json.zero_stage,
         num_microbatches=num_microbatches,
         data_parallel_size=data_parallel_size,

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from gptoughts.engine.file_tensor import nameless_tensor
 from gptoughts.engine.replay import NonFiniteWatch
 
 
@@ -108,6 +110,18 @@ class StateFragment:
     """Whether this rank writes the fragment."""
     initial: float | None = None
     """What all its elements are where a checkpoint lacks it (state of an option that was off); None: it may not."""
+    folder: Path | None = None
+    """Where the file is that the tensor lies in (offload to NVMe); None: it is in memory."""
+
+    def empty_copy(self) -> Tensor:
+        """A tensor like it for a copy on the host: in memory, or on the disk where the piece itself is on one.
+
+        Raises:
+            OSError: that disk has not enough space.
+        """
+        if self.folder is not None:
+            return nameless_tensor(self.folder, self.tensor.numel(), self.tensor.dtype)
+        return torch.empty(self.tensor.shape, dtype=self.tensor.dtype, pin_memory=self.tensor.is_cuda)
 
 
 class Engine(Protocol):

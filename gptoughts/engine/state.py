@@ -6,7 +6,7 @@ Where the fp32 weights and moments of a parameter are:
 - stages 1 and 2: all parameters of an optimizer group lie one after the other in a flat tensor of which each
   data-parallel rank has an equal slice;
 - stage 3: each parameter is cut into equal pieces over the data-parallel ranks (the last ones padded), and a rank's
-  pieces lie one after the other in flat sub-groups.
+  pieces lie one after the other in flat sub-groups; with offload to NVMe these are in files (``swapped_state``).
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ import torch
 from megatron.core import parallel_state
 from torch import Tensor, nn
 
+from gptoughts.engine.file_tensor import MappedFile
 from gptoughts.engine.interface import InitialOfBuffer, NamedBuffers, StateFragment
 from gptoughts.engine.optimizer import allocate_state, set_step_count, shard_shape, step_count
 from gptoughts.engine.replicated_optimizer import ReplicatedOptimizer
+from gptoughts.engine.swapped_state import MOMENTS, WEIGHT, SwappedState
 from gptoughts.engine.zero_engine import ZeroEngine
 from gptoughts.errors import CheckpointError
 from gptoughts.parallel.deepspeed_mpu import expert_data_parallel_group, expert_parallel_group
 from gptoughts.parallel.partition import is_expert_parallel
 
-WEIGHT = "weight"
-MOMENTS = ("exp_avg", "exp_avg_sq")
 BUFFER = "buffer"
 LOSS_SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
@@ -70,10 +70,21 @@ class TrainingState:
         # Any: DeepSpeed and megatron-core keep what they know of a parameter in attributes of it.
         self._parameters: dict[str, Any] = {name: p for name, p in parameters.items() if p.requires_grad}
         self._basic: torch.optim.Optimizer = self._optimizer.optimizer
-        allocate_state(self._basic, self._flat_tensors())
+        self._swapped = SwappedState(self._optimizer)
+        in_files = {id(flat) for flat in self._swapped.flats}
+        allocate_state(self._basic, [flat for flat in self._flat_tensors() if id(flat) not in in_files])
+        self._swapped.allocate(lambda flat: allocate_state(self._basic, [flat]))
+        set_step_count(self._basic, 0)
 
     def fragments(self) -> list[StateFragment]:
         """This rank's pieces, parameter by parameter, then the buffers. Collective: none."""
+        return self._fragments(self._mapped())
+
+    def _mapped(self) -> dict[int, dict[str, MappedFile]]:
+        """Of each flat tensor whose state is in files (its id), the files."""
+        return {id(flat): self._swapped.tensors(flat) for flat in self._swapped.flats}
+
+    def _fragments(self, mapped: Mapping[int, Mapping[str, MappedFile]]) -> list[StateFragment]:
         is_first_replica = parallel_state.get_data_parallel_group(with_context_parallel=True).rank() == 0
         is_first_expert_replica = expert_data_parallel_group().rank() == 0
         is_first_shard = parallel_state.get_tensor_model_parallel_rank() == 0
@@ -83,7 +94,8 @@ class TrainingState:
             is_divided = bool(getattr(parameter, "tensor_model_parallel", False))
             is_first = is_first_expert_replica if is_expert_parallel(parameter) else is_first_replica
             shape, offset = _over_all_experts(parameter)
-            for kind, flat in self._tensors(piece.flat):
+            in_files = mapped.get(id(piece.flat))
+            for kind, flat in self._tensors(piece.flat) if in_files is None else _contents(in_files):
                 fragments.append(
                     StateFragment(
                         name=piece.name,
@@ -94,6 +106,7 @@ class TrainingState:
                         partition_dim=parameter.partition_dim if is_divided else None,
                         partition_stride=getattr(parameter, "partition_stride", 1) if is_divided else 1,
                         is_owner=(self._stage > 0 or is_first) and (is_divided or is_first_shard),
+                        folder=None if in_files is None else self._swapped.folder,
                     )
                 )
         is_first = is_first_replica and is_first_shard
@@ -124,8 +137,9 @@ class TrainingState:
             CheckpointError: a piece of another length.
         Collective: data-parallel group.
         """
+        mapped = self._mapped()
         with torch.no_grad():
-            for fragment in self.fragments():
+            for fragment in self._fragments(mapped):
                 piece = read(fragment)
                 if piece.numel() != fragment.tensor.numel():
                     raise CheckpointError(
@@ -134,6 +148,9 @@ class TrainingState:
                         is_rank_local=True,
                     )
                 fragment.tensor.copy_(piece.reshape(-1))
+            for files in mapped.values():
+                for file in files.values():
+                    file.flush()
             set_step_count(self._basic, int(scalars["optimizer_steps"]))
             self.set_loss_scaler(scalars.get("loss_scaler", {}))
             self._refresh_weights()
@@ -189,9 +206,16 @@ class TrainingState:
         else:
             # As at the end of a step (stage3.py:2835-2870): the shards, then the parameters that stay whole.
             for group in range(len(optimizer.fp16_groups)):
-                optimizer._reassign_or_swap_out_partitioned_parameters(group)
+                if self._swapped.is_swapped(group):
+                    self._swapped.refresh_weights(group)
+                else:
+                    optimizer._reassign_or_swap_out_partitioned_parameters(group)
             if optimizer.persistent_parameters:
                 optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
+
+
+def _contents(files: Mapping[str, MappedFile]) -> Iterator[tuple[str, Tensor]]:
+    return ((kind, file.tensor) for kind, file in files.items())
 
 
 def _over_all_experts(parameter: nn.Parameter) -> tuple[tuple[int, ...], int]:

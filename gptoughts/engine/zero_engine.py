@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import deepspeed
 import torch
+import torch.distributed as dist
 from deepspeed import comm as deepspeed_comm
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.config import DeepSpeedConfig
@@ -19,7 +21,11 @@ from deepspeed.runtime.zero.partition_parameters import restore_init_context, sh
 from torch import nn
 
 from gptoughts.engine.module_trace import compare_within_data_parallel_group
+from gptoughts.engine.parameter_swapper import UNUSED_BUFFERS, ParameterSwapper
 from gptoughts.engine.replicated_optimizer import ReplicatedOptimizer
+from gptoughts.engine.swap_folder import SwapFolder
+from gptoughts.engine.weight_gathering import gather_in_place_on_gloo
+from gptoughts.errors import PlatformError
 from gptoughts.parallel.deepspeed_mpu import (
     DeepSpeedMpu,
     expert_data_parallel_group,
@@ -36,11 +42,17 @@ class ZeroEngine(DeepSpeedEngine):
 
     event_monitor: Any
     """The monitors that the JSON switches on."""
+    swap_folders: Sequence[SwapFolder] = ()
+    """Where this rank's state is on a disk; removed with the engine."""
 
     def destroy(self) -> None:
-        """Take DeepSpeed's hooks off the model and its groups out of DeepSpeed's globals."""
+        """Take DeepSpeed's hooks off the model, its groups out of DeepSpeed's globals, and its files off the disk."""
         super().destroy()
         forget_mpu(self.mpu)
+        for swapper in _parameter_swappers(self.module):
+            swapper.close()
+        for folder in self.swap_folders:
+            folder.remove()
 
     def _configure_distributed_model(self, model: nn.Module) -> None:
         has_experts = register_experts(model.parameters())
@@ -78,6 +90,20 @@ class ZeroEngine(DeepSpeedEngine):
         # engine.py:2305 sends bf16 with fp32 accumulation at stage 1 to BF16_Optimizer, which asserts that the norm is
         # not 0 and applies non-finite gradients; ZeRO's own optimizer accumulates in fp32 as well.
         return ZERO_OPTIMIZATION
+
+    def zero_reduce_scatter(self) -> bool:
+        """Whether gradients are reduce-scattered, where the JSON leaves it open: where that costs less.
+
+        Stages 1 and 2 all-reduce either way, and with reduce-scatter copy each bucket before and after it (zero/
+        stage_1_and_2.py:1545). gloo's reduce-scatter costs more than its all-reduce. Experts of their own ranks,
+        offload, and fp16, whose sums may overflow before they are divided, stay with DeepSpeed's default.
+        """
+        if "reduce_scatter" in self.config["zero_optimization"]:
+            return bool(super().zero_reduce_scatter())
+        if self.has_moe_layers or self.zero_offload_optimizer() is not None or self.fp16_enabled():
+            return True
+        is_on_gloo = dist.get_backend(self.mpu.get_data_parallel_group()) == dist.Backend.GLOO
+        return self.zero_optimization_stage() == 3 and not is_on_gloo
 
     def clip_fp32_gradients(self) -> None:
         """Nothing: the stage 0 optimizer clips, with the norm that it reports."""
@@ -120,7 +146,9 @@ def build_zero_engine(
     shutdown_init_context()
     initialize_communication()
     compare_within_data_parallel_group()
+    gather_in_place_on_gloo()
     config = engine_config(deepspeed_json)
+    folders = claim_swap_folders(config, "offload_optimizer")
     mpu = DeepSpeedMpu()
     engine = ZeroEngine(
         args=None,
@@ -134,6 +162,7 @@ def build_zero_engine(
     restore_init_context()
     # With caller-owned accumulation its sample counter stays 0, so that engine.step would log at x = 0
     # (engine.py:3646); events are written with our own step instead.
+    engine.swap_folders = folders
     engine.event_monitor = engine.monitor
     engine.monitor = SimpleNamespace(enabled=False)
     return engine
@@ -157,12 +186,34 @@ def engine_config(deepspeed_json: Mapping[str, Any]) -> dict[str, Any]:
         config.pop(ours, None)
     config.setdefault("train_micro_batch_size_per_gpu", 1)
     zero = config.setdefault("zero_optimization", {})
+    if (zero.get("offload_param") or {}).get("device") == "nvme":
+        zero["offload_param"] |= UNUSED_BUFFERS
     if config.get("bf16", {}).get("enabled"):
         # Without it ZeRO 1 and 2 apply non-finite gradients in bf16 (stage_1_and_2.py:3042).
         config["bf16"]["check_grad_overflow"] = True
     if is_half_precision(config) and zero.get("stage", 0) > 0:
         config.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
     return config
+
+
+def claim_swap_folders(config: dict[str, Any], block: str) -> list[SwapFolder]:
+    """Put a folder of this rank's own in place of the JSON's, where ``block`` offloads to NVMe.
+
+    Raises:
+        PlatformError: it cannot be made.
+    """
+    offload = config["zero_optimization"].get(block) or {}
+    if offload.get("device") != "nvme":
+        return []
+    parent = Path(offload["nvme_path"])
+    try:
+        folder = SwapFolder(parent)
+    except OSError as error:
+        raise PlatformError(
+            f"zero_optimization.{block}.nvme_path={parent}: cannot be used: {error.strerror}", is_rank_local=True
+        ) from None
+    offload["nvme_path"] = str(folder.path)
+    return [folder]
 
 
 def is_half_precision(config: Mapping[str, Any]) -> bool:
@@ -191,6 +242,17 @@ class _Init(deepspeed.zero.Init):
         super()._convert_to_deepspeed_param(param)
 
 
+def _build_parameter_swapper(config: dict[str, Any], mpu: DeepSpeedMpu, dtype: torch.dtype) -> ParameterSwapper | None:
+    """What keeps weights in files, where the configuration says so."""
+    folders = claim_swap_folders(config, "offload_param")
+    return ParameterSwapper(DeepSpeedConfig(config, mpu), dtype, folders[0]) if folders else None
+
+
+def _parameter_swappers(module: nn.Module) -> set[ParameterSwapper]:
+    found = {getattr(parameter, "nvme_swapper", None) for parameter in module.parameters()}
+    return {swapper for swapper in found if swapper is not None}
+
+
 def partitioned_construction(deepspeed_json: Mapping[str, Any], dtype: torch.dtype) -> Callable[[], Any]:
     """A context in which ZeRO-3 shards every parameter over the data-parallel group as soon as it is made."""
     config = engine_config(deepspeed_json)
@@ -199,8 +261,15 @@ def partitioned_construction(deepspeed_json: Mapping[str, Any], dtype: torch.dty
 
     def enter() -> Any:
         initialize_communication()
+        gather_in_place_on_gloo()
         mpu = DeepSpeedMpu()
-        context = _Init(data_parallel_group=mpu.get_data_parallel_group(), config_dict_or_path=config, mpu=mpu)
+        own_config = copy.deepcopy(config)
+        context = _Init(
+            data_parallel_group=mpu.get_data_parallel_group(),
+            config_dict_or_path=own_config,
+            mpu=mpu,
+            param_swapper=_build_parameter_swapper(own_config, mpu, dtype),
+        )
         # Given as an argument it would be bf16 wherever fp16 is not supported, whatever was asked for: a conditional
         # expression without brackets (runtime/zero/partition_parameters.py:409 of 0.19.8).
         context.dtype = dtype

@@ -10,6 +10,7 @@ from typing import Any
 from megatron.core.fp8_utils import get_fp8_context
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer import transformer_block
+from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
@@ -21,14 +22,19 @@ from gptoughts.models.recompute import recomputes, remake_norm_for, run_again
 class DecoderLayer(TransformerLayer):
     """A layer whose halves recompute their own parts.
 
-    megatron-core's layer takes every feed-forward half for dense that is not its own expert layer, and its recompute of
-    norms needs Transformer Engine even without FP8 (tensor_parallel/random.py:636 of 0.16.1 and :740 of 0.19.2: the
-    flag reads ``fp8 is not None``, and its default is False).
+    megatron-core's layer is constructed as if nothing were recomputed. It takes every feed-forward half for dense that
+    is not its own expert layer, and its recompute of norms needs Transformer Engine even without FP8
+    (tensor_parallel/random.py:636 of 0.16.1 and :740 of 0.19.2: the flag reads ``fp8 is not None``, and its default is
+    False), while with FP8 it has the linears behind them keep unquantised inputs, which delayed scaling refuses
+    (transformer_layer.py:513, 0.19.2; transformer_engine/pytorch/module/linear.py:422, 2.20).
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.recompute_mlp = self.recompute_input_layernorm = self.recompute_pre_mlp_layernorm = False
+    def __init__(self, config: TransformerConfig, *args: Any, **kwargs: Any) -> None:
+        granularity, config.recompute_granularity = config.recompute_granularity, None
+        try:
+            super().__init__(config, *args, **kwargs)
+        finally:
+            config.recompute_granularity = granularity
         if recomputes(self.config, "layernorm"):
             remake_norm_for(self.self_attention, self.input_layernorm)
             remake_norm_for(self.mlp, self.pre_mlp_layernorm)

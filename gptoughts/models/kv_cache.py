@@ -48,15 +48,16 @@ class KVCache:
     ) -> None:
         self.rows, self.places = rows, places
         self.device = device
+        shapes = [layer.kept_shapes() for layer in layers]
+        assert len(set(shapes)) == 1, "all layers keep the same"
         with torch.inference_mode(False):  # so that it can be written inside inference_mode and outside
-            self.kept: list[tuple[Tensor, ...]] = [
-                tuple(
-                    # Zeros: a place that was never written must not hold a NaN, which no mask stops.
-                    torch.zeros(rows, heads, places, width, dtype=dtype, device=device)
-                    for heads, width in layer.kept_shapes()
-                )
-                for layer in layers
+            self.whole: list[Tensor] = [
+                # Zeros: a place that was never written must not hold a NaN, which no mask stops.
+                torch.zeros(len(layers), rows, heads, places, width, dtype=dtype, device=device)
+                for heads, width in shapes[0]
             ]
+        """What all layers keep, [layers, r, heads, p, width] each."""
+        self.kept: list[tuple[Tensor, ...]] = list(zip(*self.whole, strict=True))
         """Per layer what it keeps, each [r, heads, p, width]."""
 
     @classmethod
@@ -69,13 +70,12 @@ class KVCache:
     @property
     def num_bytes(self) -> int:
         """Bytes that it takes."""
-        return sum(kept.numel() * kept.element_size() for layer in self.kept for kept in layer)
+        return sum(kept.numel() * kept.element_size() for kept in self.whole)
 
     def copy_row(self, source: int, target: int, length: int) -> None:
         """Make one row hold what another holds of its first ``length`` tokens."""
-        for layer in self.kept:
-            for kept in layer:
-                kept[target, :, :length] = kept[source, :, :length]
+        for kept in self.whole:
+            kept[:, target, :, :length] = kept[:, source, :, :length]
 
 
 @dataclass(frozen=True)
@@ -146,6 +146,16 @@ class CacheWindow:
         """This window into each layer's memory."""
         return [LayerCache(self, kept) for kept in self.cache.kept]
 
+    def memory(self) -> list[StepMemory]:
+        """The same, with the views of all layers made at once: what each costs is Python's."""
+        if self.start is None:
+            return [StepMemory(None, (), layer) for layer in self.layers()]
+        b, s = self.positions.shape
+        rows = [kept.narrow(1, self.first_row, b) for kept in self.cache.whole]
+        new = zip(*(kept.narrow(3, self.start, s).transpose(2, 3).unbind(0) for kept in rows), strict=True)
+        seen = zip(*(kept.narrow(3, 0, self.num_places).unbind(0) for kept in rows), strict=True)
+        return [StepMemory(*views) for views in zip(new, seen, self.layers(), strict=True)]
+
 
 @dataclass(frozen=True)
 class LayerCache:
@@ -176,6 +186,25 @@ class LayerCache:
                 rows[each, :, window.positions] = values.transpose(0, 1)
             found.append(rows[:, :, : window.num_places])
         return tuple(found)
+
+
+@dataclass(frozen=True)
+class StepMemory:
+    """What one layer sees of a window, in few operations (``models.decode_step``)."""
+
+    new: tuple[Tensor, ...] | None
+    """Places of the forward's tokens, [b, s, heads, width] of each tensor; unset: rows are at different positions."""
+    seen: tuple[Tensor, ...]
+    """All that attention may look at, [b, heads, num_places, width]."""
+    layer: LayerCache
+
+    def store(self, *new: Tensor) -> tuple[Tensor, ...]:
+        """Keep the forward's tokens, [b, s, heads, width] of each tensor; returns what attention may look at."""
+        if self.new is None:
+            return self.layer.store(*(values.transpose(0, 1) for values in new))
+        for place, values in zip(self.new, new, strict=True):
+            place.copy_(values)
+        return self.seen
 
 
 def attention_layers(model: Any, *, with_prediction: bool = False) -> list[Any]:

@@ -32,6 +32,7 @@ from gptoughts.models.flops import StageParameters, stage_parameters
 from gptoughts.planning import activations
 from gptoughts.planning.fp8 import scaling_bytes
 from gptoughts.planning.layers import WIDTHS, Microbatch, microbatch
+from gptoughts.planning.offload import places, swap_buffer_bytes
 from gptoughts.planning.zero import ZeroSettings
 
 _FP32 = 4
@@ -56,6 +57,8 @@ class RankMemory:
     """FP8's histories and scales, with the copy that a step begins with (``planning.fp8``)."""
     host: int = 0
     """In the host's memory: offload, and the stability guard's snapshot."""
+    disk: int = 0
+    """On the disk of an offload to NVMe: state, gradients of the step, and copies of the state."""
 
     @property
     def total(self) -> int:
@@ -157,7 +160,8 @@ def buffer_bytes(
             update += zero.communication_width * bucket
             backward += width * gathered_elements(division, zero, layer_elements)
     if zero.offloads_optimizer:
-        update = 0.0  # in the host's memory
+        # In the host's memory; but on their way to a disk gradients pass the device (DeepSpeed 0.19.8, stage3.py:1467).
+        update = _FP32 * division.part if zero.swaps_optimizer else 0.0
     return int(max(backward, update - kept))
 
 
@@ -269,27 +273,31 @@ def rank_memory(needs: StageNeeds, zero: ZeroSettings, width: int) -> RankMemory
         # The copy of an embedding has an fp32 gradient during a step.
         temporaries=needs.temporaries + _FP32 * needs.copied_elements + cut_gradient_bytes(needs, zero, width),
     )
-    on_host = [name for name, is_there in _offloaded(zero).items() if is_there]
+    place_of = places(zero)
+    by_place = {place: sum(state[name] for name in state if place_of[name] == place) for place in ("host", "disk")}
+    if zero.swaps_optimizer:
+        by_place["disk"] += _FP32 * needs.division.part  # gradients, on their way to the update
     return RankMemory(
-        **{name: 0 if name in on_host else int(count) for name, count in state.items()},
+        **{name: int(count) if place_of[name] == "device" else 0 for name, count in state.items()},
         activations=needs.kept - needs.logits,
         logits=needs.logits,
         buffers=buffers,
         scaling=_COPIES_OF_BUFFERS * needs.scaling,
-        host=int(sum(state[name] for name in on_host)),
+        host=int(by_place["host"] + swap_memory(needs, zero, width)),
+        disk=int(by_place["disk"]),
     )
 
 
-def _offloaded(zero: ZeroSettings) -> dict[str, bool]:
-    """Whether weights, gradients and optimizer state are in the host's memory.
-
-    Stage 1 keeps whole gradients on the device; from stage 2 on each rank's part goes where the optimizer is.
-    """
-    return {
-        "parameters": zero.offloads_parameters,
-        "gradients": zero.offloads_optimizer and zero.stage >= 2,
-        "optimizer": zero.offloads_optimizer,
-    }
+def swap_memory(needs: StageNeeds, zero: ZeroSettings, width: int) -> int:
+    """Bytes of the host's memory that a rank of one stage locks for what goes to a disk and comes from it."""
+    division = needs.division
+    return swap_buffer_bytes(
+        zero,
+        width,
+        part=division.part,
+        tensor_part=needs.tensor_elements / division.data,
+        gathered_part=gathered_elements(division, zero, needs.layer_elements) / division.data,
+    )
 
 
 def largest_memory(config: ExperimentConfig, zero: ZeroSettings, needs: Sequence[StageNeeds]) -> RankMemory:
@@ -299,5 +307,9 @@ def largest_memory(config: ExperimentConfig, zero: ZeroSettings, needs: Sequence
     memory = rank_memory(fullest, zero, width)
     stability = config.stability
     has_snapshot = stability.enabled and stability.snapshot_interval_steps > 0
-    snapshot = snapshot_bytes(fullest.division, zero) + fullest.scaling
-    return replace(memory, host=memory.host + has_snapshot * snapshot)
+    copy = snapshot_bytes(fullest.division, zero)
+    host = memory.host + has_snapshot * fullest.scaling
+    if zero.swaps_optimizer:
+        # Copies of what is on a disk are made there (StateFragment.empty_copy), also what a save is written from.
+        return replace(memory, host=host, disk=memory.disk + copy * (has_snapshot + config.checkpoint.asynchronous))
+    return replace(memory, host=host + has_snapshot * copy)

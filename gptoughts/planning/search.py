@@ -161,7 +161,7 @@ def search(run: Run, limit_bytes: float | None = None) -> Search:
             continue
         # Sizes of buckets follow from the model and its division, not from the batch.
         precision = config.train.precision or "bf16"
-        settings = [ZeroSettings.read(for_deepspeed(json, config), precision) for json in run.jsons]
+        settings = [ZeroSettings.read(for_deepspeed(json, config, data), precision) for json in run.jsons]
         for size in _microbatch_sizes(run, data):
             sources = dict(run.sources)
             fitted, num_microbatches, problems = resolve_batch(replace(config, batch_size=size), sources, data)

@@ -32,7 +32,15 @@ class ZeroSettings:
     num_buckets: int
     """2 where reduction overlaps with backward at stage 2."""
     offloads_optimizer: bool
+    """To the host's memory, or through it to a disk."""
     offloads_parameters: bool
+    swaps_optimizer: bool = False
+    """Of these, to a disk."""
+    swaps_parameters: bool = False
+    sub_group_elements: int = 0
+    """Parameters of a rank whose state is in the host's memory at one time, where it is swapped."""
+    num_swap_buffers: int = 0
+    """Tensors of such a sub-group for which there is room."""
 
     @staticmethod
     def read(deepspeed: Mapping[str, Any], precision: str) -> ZeroSettings:
@@ -50,10 +58,14 @@ class ZeroSettings:
             prefetch_elements=int(zero.get("stage3_prefetch_bucket_size", 0)),
             reuse_elements=int(zero.get("stage3_max_reuse_distance", _DEFAULT_REUSE_ELEMENTS)),
             num_buckets=2 if stage == 2 and zero.get("overlap_comm") else 1,
-            offloads_optimizer=_is_on_cpu(zero, "offload_optimizer"),
-            offloads_parameters=_is_on_cpu(zero, "offload_param"),
+            offloads_optimizer=_device(zero, "offload_optimizer") != "none",
+            offloads_parameters=_device(zero, "offload_param") != "none",
+            swaps_optimizer=_device(zero, "offload_optimizer") == "nvme",
+            swaps_parameters=_device(zero, "offload_param") == "nvme",
+            sub_group_elements=int(zero.get("sub_group_size", 0)),
+            num_swap_buffers=int((zero.get("offload_optimizer") or {}).get("buffer_count", 0)),
         )
 
 
-def _is_on_cpu(zero: Mapping[str, Any], block: str) -> bool:
-    return (zero.get(block) or {}).get("device", "none") == "cpu"
+def _device(zero: Mapping[str, Any], block: str) -> str:
+    return str((zero.get(block) or {}).get("device", "none"))

@@ -172,8 +172,8 @@ def _capability_obstacle(what: str, least: tuple[int, int]) -> str | None:
 def _import_obstacle() -> str | None:
     try:
         import transformer_engine.pytorch  # noqa: F401
-    except (ImportError, OSError) as error:
-        # OSError: the package is there but a shared library it loads is not.
+    except (ImportError, OSError, RuntimeError) as error:
+        # OSError: the package is there but a shared library it loads is not; RuntimeError: half of it is installed.
         return f"transformer_engine.pytorch cannot be imported: {error}"
     return None
 

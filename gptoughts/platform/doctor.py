@@ -9,8 +9,10 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 
 from gptoughts.errors import GptoughtsError, PlatformError
+from gptoughts.platform import async_io
 from gptoughts.platform.extension_locks import clear_stale_locks
 from gptoughts.platform.startup import prepare_process
 from gptoughts.platform.versions import MCORE_VERSION_RANGE, installed_version, megatron_core_version
@@ -24,7 +26,10 @@ _OPTIONAL_PACKAGES = {
     "wandb": "the JSON's wandb monitor",
     "tensorboard": "the JSON's tensorboard monitor",
 }
-_CPU_BUILDERS = {"comm": ("ShareMemCommBuilder",), "all": ("ShareMemCommBuilder", "CPUAdamBuilder")}
+_CPU_BUILDERS = {
+    "comm": ("ShareMemCommBuilder",),
+    "all": ("ShareMemCommBuilder", "CPUAdamBuilder", async_io.BUILDER),
+}
 
 
 @dataclass(frozen=True)
@@ -45,7 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         const="comm",
         choices=tuple(_CPU_BUILDERS),
         help="compile DeepSpeed's CPU operators now (a minute or two each, once per machine), which the first run "
-        "would otherwise wait for: comm (the default) is what every run needs, all adds the offloaded optimizer's",
+        "would otherwise wait for: comm (the default) is what every run needs, all adds the offloaded optimizer's and, "
+        "where libaio is installed, that of offload to NVMe",
     )
     options = parser.parse_args(argv)
     prepare_process()
@@ -65,6 +71,7 @@ def diagnose() -> list[Finding]:
         _check_megatron_core,
         _check_device,
         _check_compiler,
+        _check_async_io,
     )
     return [finding for check in checks for finding in check()]
 
@@ -80,10 +87,12 @@ def build_ops(which: str = "comm") -> list[Finding]:
         return [Finding("operators", "none are needed before the first run on CUDA")]
     from deepspeed.accelerator import get_accelerator
 
-    _put_ninja_on_path()
+    put_ninja_on_path()
     clear_stale_locks()
     findings = []
     for name in _CPU_BUILDERS[which]:
+        if name == async_io.BUILDER and not async_io.has_libaio():
+            continue  # _check_async_io has said it
         started = time.perf_counter()
         try:
             builder = get_accelerator().create_op_builder(name)
@@ -115,8 +124,12 @@ def _check_megatron_core() -> list[Finding]:
     try:
         version = megatron_core_version()
         mcore_cpu.install()
+        import_module("megatron.core")
     except GptoughtsError as error:
         return [Finding("megatron-core", problem, is_problem=True) for problem in error.problems]
+    # It imports Transformer Engine, and an installation of half of that raises whatever its loader meets first.
+    except (ImportError, OSError, RuntimeError) as error:
+        return [Finding("megatron-core", f"cannot be imported: {error}", is_problem=True)]
     patched = f"{len(mcore_cpu.PATCHES)} replacements for the CPU" if mcore_cpu.is_installed() else "used as it is"
     return [Finding("megatron-core", f"{version} is supported ({supported}); {patched}")]
 
@@ -143,7 +156,7 @@ def _check_compiler() -> list[Finding]:
 
     if device.is_cuda():
         return []
-    _put_ninja_on_path()
+    put_ninja_on_path()
     findings = []
     for program, install in (("ninja", "pip install ninja"), ("c++", "install a C++ compiler, e.g. g++")):
         found = shutil.which(program)
@@ -152,7 +165,13 @@ def _check_compiler() -> list[Finding]:
     return findings
 
 
-def _put_ninja_on_path() -> None:
+def _check_async_io() -> list[Finding]:
+    if async_io.has_libaio():
+        return [Finding("async_io", "libaio is there; the operator is compiled at first use, or by --build_ops all")]
+    return [Finding("async_io", f"not possible; would add: offload to NVMe; needs {async_io.LIBAIO}")]
+
+
+def put_ninja_on_path() -> None:
     """pip puts ninja beside this Python, which is not on PATH where a virtual environment is not activated."""
     import os
     from pathlib import Path

@@ -16,7 +16,7 @@ import psutil
 
 logger = logging.getLogger(__name__)
 
-OPERATORS = ("deepspeed_shm_comm", "cpu_adam")
+OPERATORS = ("deepspeed_shm_comm", "cpu_adam", "pin_memory", "async_io")
 FOREIGN_BUILD_SECONDS = 180.0
 _POLL_SECONDS = 1.0
 

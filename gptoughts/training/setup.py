@@ -46,6 +46,7 @@ from gptoughts.training.events import EventsFile
 from gptoughts.training.fallback import Fp8Fallback
 from gptoughts.training.fp8_callback import Fp8Callback
 from gptoughts.training.metrics import MetricsFile
+from gptoughts.training.offload import swap_problems
 from gptoughts.training.origin import find_origin
 from gptoughts.training.recovery import Recovery
 from gptoughts.training.trainer import Trainer, TrainState
@@ -128,6 +129,7 @@ def check_machine(experiment: Experiment) -> None:
                 f"{config.deepspeed_config}: {name}.enabled=true needs the package {package!r}, which is not "
                 f"installed; pip install {package}, or switch it off"
             )
+    problems += swap_problems(experiment)
     problems += backend_problems(config, experiment.sources)
     if config.use_fp8:
         if config.log.fp8 and choose_backend(config).name == "te":

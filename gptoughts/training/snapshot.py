@@ -1,7 +1,8 @@
-"""A copy of this rank's training state in the host's memory: what a rollback goes back to without touching a disk.
+"""A copy of this rank's training state in the host's memory: what a rollback goes back to without a checkpoint.
 
 It is taken between the backward and the update of a step whose loss and gradient norm, computed from this very state,
-were found good. So it is known to be good when it is made, and one copy is enough.
+were found good. So it is known to be good when it is made, and one copy is enough. State that is on a disk (offload to
+NVMe) is copied on that disk: the host's memory is what such a run has not enough of.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from gptoughts.checkpoint import random_state
 from gptoughts.engine.interface import Engine, StateFragment
+from gptoughts.errors import CheckpointError
 
 _Key = tuple[str, str, int]
 
@@ -36,6 +38,8 @@ class Snapshot:
             engine: Between backward and update: only buffers have moved since the step began.
             train_state: Where the run stood before the step.
             rng: Random states of that moment.
+        Raises:
+            CheckpointError: the disk that the state is on has no room for a copy.
         Collective: none.
         """
         for fragment in engine.state_fragments():
@@ -45,7 +49,7 @@ class Snapshot:
             key = _key(fragment)
             copy = self._tensors.get(key)
             if copy is None:
-                copy = self._tensors[key] = torch.empty(source.shape, dtype=source.dtype, pin_memory=source.is_cuda)
+                copy = self._tensors[key] = _room_for(fragment)
             # On the stream of the update, which therefore waits for it.
             copy.copy_(source, non_blocking=True)
         self._scalars = engine.scalar_state()
@@ -59,8 +63,19 @@ class Snapshot:
 
     @property
     def num_bytes(self) -> int:
-        """Host memory that the copy takes on this rank."""
+        """Host memory (or disk) that the copy takes on this rank."""
         return sum(tensor.nbytes for tensor in self._tensors.values())
+
+
+def _room_for(fragment: StateFragment) -> Tensor:
+    try:
+        return fragment.empty_copy()
+    except OSError as error:
+        raise CheckpointError(
+            f"{fragment.folder}: the stability guard's snapshot does not fit ({error.strerror}); make room for 12 "
+            "bytes per parameter of a rank, or set --stability.snapshot_interval_steps 0",
+            is_rank_local=True,
+        ) from None
 
 
 def _key(fragment: StateFragment) -> _Key:

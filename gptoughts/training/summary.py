@@ -85,6 +85,8 @@ def print_summary(experiment: Experiment, family: Family) -> None:
     print(_line("in all per rank", memory.total) + " (predicted, on the fullest rank; docs/parallelism.md)")
     if memory.host:
         print(_line("in the host's memory", memory.host) + " per rank")
+    if memory.disk:
+        print(_line("on the disk", memory.disk) + " per rank")
 
 
 def _line(name: str, num_bytes: int) -> str:

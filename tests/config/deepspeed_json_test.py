@@ -140,7 +140,8 @@ def test_shipped_files_are_accepted_by_us_and_by_deepspeed(path: Path, world_siz
 
 
 def test_shipped_files_are_there_and_every_key_is_explained() -> None:
-    assert {p.stem for p in SHIPPED} == {"zero1", "zero2", "zero3", "zero2_offload", "zero3_fp8", "zero3_offload"}
+    names = {"zero1", "zero2", "zero3", "zero2_offload", "zero3_fp8", "zero3_offload", "zero3_infinity"}
+    assert {p.stem for p in SHIPPED} == names
     text = (SHIPPED[0].parent / "README.md").read_text()
 
     def keys(block: dict[str, Any]) -> set[str]:
@@ -158,6 +159,18 @@ def test_the_readme_prints_the_whole_table() -> None:
             assert f"| `{prefix}{key}` | {rule.action} | {rule.note} |" in text, (
                 f"{prefix}{key}: regenerate with `python -m gptoughts.config.deepspeed_table`"
             )
+
+
+def test_offload_to_a_disk_is_filled_in_from_the_runs_folder_and_the_size_of_a_ranks_part(load) -> None:
+    offload = {"offload_optimizer": {"device": "nvme", "pipeline_read": True}, "offload_param": {"device": "nvme"}}
+    run = load({"zero_optimization": {"stage": 3, **offload}}, "--output_dir=runs/here", "--size=small")
+    zero = run.deepspeed["zero_optimization"]
+    assert zero["offload_optimizer"]["nvme_path"] == zero["offload_param"]["nvme_path"] == "runs/here/swap"
+    assert zero["offload_optimizer"]["buffer_count"] == 8
+    assert zero["offload_param"]["max_in_cpu"] == 0
+    assert zero["sub_group_size"] == -(-run.config.model.total_parameters() // 8)
+    plain = load({"zero_optimization": {"stage": 3, "sub_group_size": "auto"}})
+    assert plain.deepspeed["zero_optimization"]["sub_group_size"] == 10**9
 
 
 def test_no_file_is_stage_zero_in_bf16() -> None:
@@ -257,7 +270,25 @@ def test_equal_values_are_no_contradiction(load) -> None:
         ({"zero_optimization": {"stage": 1, "overlap_comm": True}}, "overlap_comm=true needs stage 2 or 3"),
         ({"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}, "offload_param needs stage 3"),
         ({"zero_optimization": {"stage": 0, "offload_optimizer": {"device": "cpu"}}}, "offload_optimizer needs"),
-        ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}}, "hides the state"),
+        ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "nvme"}}},
+         "zero_optimization.offload_optimizer to nvme needs stage 3 or more (stage is 2)"),
+        ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "disk"}}}, "allowed: none, cpu, nvme"),
+        ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "nvme_path": "/tmp"}}},
+         'offload_optimizer.nvme_path belongs to "device": "nvme" (device is "cpu")'),
+        ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme", "buffer_count": 3}}},
+         "offload_optimizer.buffer_count=3: at least 4"),
+        ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme", "buffer_count": 8,
+                                                                  "pipeline_read": True, "pipeline_write": True}}},
+         "offload_optimizer.buffer_count=8: at least 12"),
+        ({"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme", "buffer_size": 100}}},
+         "offload_param.buffer_size=100 is refused: buffers are made as weights are fetched"),
+        ({"zero_optimization": {"stage": 3}, "aio": {"queue_depth": 8}}, "aio belongs to an offload to"),
+        ({"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}, "aio": {"queue_depth": 0}},
+         "aio.queue_depth=0: must be 1 or more"),
+        ({"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}, "aio": {"block_size": 1000}},
+         "aio.block_size=1000: must be a multiple of 4096 bytes, a disk's block"),
+        ({"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}, "aio": {"use_gds": True}},
+         "aio.use_gds=true is refused: GPUDirect Storage is not supported"),
         ({"zero_optimization": {"stage": 3, "zero_quantized_weights": True}}, "quantised collectives"),
         ({"zero_optimization": 3}, "zero_optimization=3: expected a block"),
         ({"train_batch_size": "8"}, 'train_batch_size="8": expected a whole number'),

@@ -23,8 +23,9 @@ CPU_LOSS_RELATIVE = 2e-3
 """fp32 sums in another order, over 20 steps (products in TF32 are off: torch's default)."""
 LAYERS_BF16_RELATIVE = 1e-2
 FP8_LOSS_RELATIVE = 1e-2
-FP8_STEP_1_AMAX_RELATIVE = 2e-2
-"""bf16 activations of two implementations differ by an ulp (2^-8) here and there."""
+FP8_STEP_1_AMAX_RELATIVE = 2**-4
+"""bf16 activations of two implementations differ by an ulp (2^-8) here and there; where one of them lies at the edge
+between two E4M3 numbers its cast differs by a step, 2^-4 to 2^-3 of it, and with it what the next layer sees."""
 
 needs_engine = pytest.mark.skipif(
     torch.cuda.is_available() and device.fp8_obstacle() is not None, reason=str(device.fp8_obstacle())
@@ -111,8 +112,12 @@ def test_a_resumed_run_is_the_same_to_the_bit(family: str, layout: Layout, tmp_p
 @needs_engine
 @pytest.mark.parametrize("family", EVERYTHING)
 def test_fp8_kernels_and_emulation_agree(family: str, tmp_path: Path) -> None:
-    """The same scaling states by name; magnitudes of the first step, and the losses of 30."""
-    layout = Layout(zero=3, precision="bf16", accumulation=2, extra=FP8)
+    """The same scaling states by name; what the layers saw in the first step, and the losses of 30.
+
+    Experts' magnitudes are left out: a token at the edge of two experts goes one way here and the other there. So are
+    gradients': with a first scale of 1 the casts lose nearly all of them (``fp8_linear_test`` compares those).
+    """
+    layout = Layout(zero=3, precision="bf16", accumulation=2)
     curves, states = [], []
     for backend in ("te", "emulated"):
         extra = (*FP8, f"--fp8.backend={backend}")
@@ -125,13 +130,12 @@ def test_fp8_kernels_and_emulation_agree(family: str, tmp_path: Path) -> None:
     kernels, emulated = states
     assert kernels.keys() == emulated.keys()
     assert kernels
-    for name, tensor in kernels.items():
-        if "amax_history" in name:
-            # Transformer Engine leaves the columns of outputs and input gradients alone, too.
-            torch.testing.assert_close(
-                tensor.amax(0), emulated[name].amax(0), rtol=FP8_STEP_1_AMAX_RELATIVE, atol=1e-6, msg=name
-            )
     assert curves[0] == pytest.approx(curves[1], rel=FP8_LOSS_RELATIVE)
+    for name, tensor in kernels.items():
+        if "amax_history_fwd" in name and "experts" not in name:
+            # Transformer Engine leaves the column of outputs alone, too.
+            found, expected = tensor.amax(0).tolist(), emulated[name].amax(0).tolist()
+            assert found == pytest.approx(expected, rel=FP8_STEP_1_AMAX_RELATIVE), name
 
 
 @needs_engine

@@ -44,11 +44,16 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
     return Corpus(folder / "text", folder / "tokenizer")
 
 
+def python_path() -> str:
+    """The project ahead of what was on the path."""
+    return os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+
+
 def run_program(
     program: str, *arguments: str, world_size: int = 1, prefix: Sequence[str] = (), timeout_seconds: float = 240
 ) -> subprocess.CompletedProcess[str]:
     """Run ``python PROGRAM ARGUMENTS`` at the project's root; ``world_size`` is only claimed, no rank is started."""
-    environment = os.environ | {"WORLD_SIZE": str(world_size), "PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"WORLD_SIZE": str(world_size), "PYTHONPATH": python_path()}
     if world_size == 1:
         del environment["WORLD_SIZE"]
     return subprocess.run(

@@ -88,7 +88,11 @@ def test_every_mode(family: str, tmp_path: Path) -> None:
         assert any("expert_load" in name for name in expected["figures"][0][3])
 
 
-PARTS = {"deepseek": selective("layernorm", "mla_up_proj", "moe"), "gpt": selective("core_attn", "layernorm", "mlp")}
+PARTS = {
+    "deepseek": selective("layernorm", "mla_up_proj", "moe"),
+    "gpt": selective("core_attn", "layernorm", "mlp"),
+    "llada-moe": selective("core_attn", "layernorm", "moe"),
+}
 
 
 def layout_cases() -> list[object]:
@@ -107,7 +111,13 @@ def layout_cases() -> list[object]:
         ("gpt", Layout(pipeline=2, virtual=2, data=2, layers=4, accumulation=4, zero=3, extra=DROPOUT)),
         ("gpt", Layout(tensor=2, pipeline=2, accumulation=4, zero=1, tied=True, precision="bf16", extra=DROPOUT)),
         ("deepseek", Layout(pipeline=2, layers=4, accumulation=4, zero=1, precision="bf16", extra=FP8)),
-        ("gpt", Layout(context=2, zero=3)),
+        ("gpt", Layout(context=2, zero=3, extra=DROPOUT)),
+        ("gpt", Layout(context=2, context_method="ring", zero=1, accumulation=2)),
+        ("deepseek", Layout(context=2, data=2, expert=2, zero=3, extra=("--model.mtp_num_layers=1",))),
+        ("deepseek", Layout(context=2, context_method="ring", pipeline=2, layers=4, accumulation=2, zero=2)),
+        ("gpt", Layout(context=2, tensor=2, sequence=True, zero=0, precision="bf16", extra=FP8)),
+        ("deepseek", Layout(context=2, context_method="ring", zero=3, precision="bf16", extra=FP8)),
+        ("llada-moe", Layout(context=2, context_method="ring", zero=2, extra=CUT_SAMPLES)),
         ("deepseek", Layout(tensor=2, extra=(*DROPOUT, "--model.q_lora_rank=64"))),
         ("deepseek", Layout(tensor=2, sequence=True, zero=3, precision="bf16", extra=("--model.mtp_num_layers=2",))),
     ]
@@ -124,7 +134,9 @@ def name_of(family: str, layout: Layout) -> str:
 @pytest.mark.parametrize(("family", "layout"), layout_cases())
 def test_every_layout(family: str, layout: Layout, tmp_path: Path) -> None:
     parts = PARTS[family]
-    if FP8[0] in layout.extra and family == "deepseek":
+    if family == "deepseek" and (
+        FP8[0] in layout.extra or layout.context > 1
+    ):  # which need core_attn beside mla_up_proj
         parts = selective("layernorm", "core_attn", "mla_up_proj", "moe")
     assert_equal_to_the_bit(family, layout, {"full": FULL, "parts": parts}, tmp_path)
 

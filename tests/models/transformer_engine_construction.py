@@ -1,4 +1,4 @@
-"""Builds a toy with the real Transformer Engine where there is no GPU, and prints what its parameters and states are.
+"""Builds toys with the real Transformer Engine where there is no GPU, and prints what their parameters and states are.
 
 A process of its own: what is patched here (torch says that there is a Hopper GPU) is asked at import and kept. Nothing
 is computed: every tensor is on the meta device.
@@ -45,10 +45,11 @@ def describe(family: str, backend: str) -> dict[str, Any]:
         }
         if backend == "te":
             from megatron.core.fp8_utils import get_fp8_recipe
+            from transformer_engine.common.recipe import DelayedScaling
 
             recipe = get_fp8_recipe(model.config)
             found["recipe"] = {
-                "class": f"{type(recipe).__module__}.{type(recipe).__name__}",
+                "is_delayed_scaling": isinstance(recipe, DelayedScaling),
                 "margin": recipe.margin,
                 "format": str(recipe.fp8_format),
                 "amax_history_len": recipe.amax_history_len,
@@ -76,4 +77,5 @@ def hopper() -> Any:
 
 if __name__ == "__main__":
     os.environ["DS_ACCELERATOR"] = "cpu"
-    json.dump(describe(*sys.argv[1:3]), sys.stdout)
+    backend, *families = sys.argv[1:]
+    json.dump({family: describe(family, backend) for family in families}, sys.stdout)

@@ -15,9 +15,11 @@ from gptoughts.planning.memory import (
     buffer_bytes,
     cut_gradient_bytes,
     gathered_elements,
+    largest_memory,
     rank_memory,
     stage_needs,
     state_bytes,
+    swap_memory,
 )
 from gptoughts.planning.zero import ZeroSettings
 from tests.config.validate_test import load
@@ -101,6 +103,40 @@ def test_offload_moves_state_to_the_host() -> None:
     assert found.total == 2000 + 10 + found.buffers
 
 
+def test_offload_to_a_disk_leaves_buffers_on_the_host() -> None:
+    needs = StageNeeds(
+        Division(1000, 0, 4, 1), kept=10, logits=4, temporaries=0, copied_elements=0, layer_elements=30,
+        tensor_elements=40,
+    )  # fmt: skip
+    nvme = {"device": "nvme", "buffer_count": 8}
+    zero = settings(
+        3, reduce_bucket_size=1, sub_group_size=60, offload_optimizer=nvme, offload_param={"device": "nvme"},
+        stage3_max_reuse_distance=0,
+    )  # fmt: skip
+    found = rank_memory(needs, zero, 2)
+    assert (found.parameters, found.gradients, found.optimizer) == (0, 0, 0)
+    assert found.disk == 2 * 250 + 12 * 250 + 4 * 250, "weights, state, and gradients on their way"
+    sub_group = 60 + 40 // 4
+    assert swap_memory(needs, zero, 2) == 8 * 4 * sub_group + 2 * (sub_group + 2 * 30 // 4)
+    assert found.host == 4 * 250 + swap_memory(needs, zero, 2)
+    assert found.buffers == 4 * 250 - 10, "a rank's gradients are on the device whole before the update"
+
+
+def test_copies_of_what_is_on_a_disk_are_there_too(tmp_path: Path) -> None:
+    path = tmp_path / "ds.json"
+    path.write_text('{"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}}')
+    expected = {}
+    for flags in ("--stability.snapshot_interval_steps 0", "", "--checkpoint.asynchronous true"):
+        run = load(f"--model_type gpt --deepspeed_config {path} {flags}", 2)
+        zero = ZeroSettings.read(run.deepspeed, "bf16")
+        needs = stage_needs(run.config, data=2, num_microbatches=1)
+        expected[flags] = largest_memory(run.config, zero, needs)
+    plain, snapshot, both = expected.values()
+    part = needs[0].division.part
+    assert plain.host == snapshot.host == both.host
+    assert (snapshot.disk - plain.disk, both.disk - snapshot.disk) == (12 * int(part), 12 * int(part))
+
+
 def test_zero_2_keeps_tensors_whole_that_its_parts_cut_in_fp32() -> None:
     needs = StageNeeds(Division(1000, 0, 4, 1), 0, 0, 0, copied_elements=0, layer_elements=0, tensor_elements=70)
     assert cut_gradient_bytes(needs, settings(2), 4) == 2 * 4 * 70
@@ -171,6 +207,13 @@ def cases() -> list[object]:
         ("gpt", Layout(pipeline=2, virtual=2, layers=8, accumulation=4, precision="bf16", extra=_PAIRS)),
         ("gpt", Layout(layers=4, extra=(*_FULL, "--parallel.recompute_method=block"))),
         ("llada", Layout(tensor=2, layers=4, precision="bf16", extra=(*_WHOLE_ROWS, *_PAIRS))),
+        ("gpt", Layout(context=2, layers=4, zero=1, extra=_selective("core_attn", "layernorm", "mlp"))),
+        ("gpt", Layout(context=2, context_method="ring", layers=4, precision="bf16", extra=_selective("core_attn"))),
+        ("mla", Layout(context=2, layers=4, extra=_selective("mla_up_proj", "core_attn"))),
+        ("mla", Layout(context=2, context_method="ring", layers=4, extra=_selective("mla_up_proj", "core_attn"))),
+        ("deepseek", Layout(context=2, context_method="ring", layers=4, zero=3, extra=_FULL)),
+        ("gpt", Layout(context=2, context_method="ring", extra=_FP8)),
+        ("mla", Layout(context=2, extra=_FP8)),
         ("gpt", Layout(tensor=2, sequence=True, precision="bf16", extra=_FP8)),
         ("mla", Layout(zero=3, data=2, extra=(*_FP8, "--model.q_lora_rank=64"))),
         ("deepseek", Layout(pipeline=2, accumulation=2, extra=(*_FP8, "--model.mtp_num_layers=1"))),
