@@ -4,8 +4,10 @@
 
 All contestants train the same model, ours, on the same tokens, with AdamW and clipping at norm 1. DDP and FSDP2
 (``fully_shard`` of every layer and of the whole) run it in a bare loop; the engine does what it does in a run: exact
-denominators, the schedule, the gradient's norm and the check whether it is finite. In bf16 FSDP2 keeps fp32 weights and
-reduces in fp32, as ZeRO does; DDP has no such mode and is left out.
+denominators, the schedule, the gradient's norm and the check whether it is finite. In bf16 FSDP2 keeps fp32 weights,
+sends bf16 gradients and adds them to fp32 ones, as ZeRO does; DDP has no such mode and is left out. FSDP2 gathers
+weights once per step (``reshard_after_forward=False``), as DeepSpeed does with a model below its
+``stage3_max_reuse_distance``.
 
 Every rank is a process; contestants take turns step by step (``benchmarks.turns``), and the slowest rank counts. A
 ratio above 1 means that the engine is faster than that peer. Rates of processor time count work only: waiting for the
@@ -111,11 +113,11 @@ def fsdp_step(precision: str) -> Step:
 
     mesh = init_device_mesh(device.current_device().type, (RANKS,))
     is_mixed = precision == "bf16"
-    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if is_mixed else MixedPrecisionPolicy()
+    policy = MixedPrecisionPolicy(torch.bfloat16, torch.bfloat16) if is_mixed else MixedPrecisionPolicy()
     model: Any = bare_model(torch.float32)
     for layer in model.decoder.layers:
-        fully_shard(layer, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh, mp_policy=policy)
+        fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
     return bare_step(model)
 
 

@@ -137,7 +137,7 @@ BLOCKS: Mapping[str, Mapping[str, Rule]] = {
         ),
         "overlap_comm": _honoured("bool", "overlap reduction with backward (stages 2 and 3)"),
         "contiguous_gradients": _honoured("bool", "copy gradients into one buffer as they appear"),
-        "reduce_scatter": _honoured("bool", "reduce-scatter instead of all-reduce"),
+        "reduce_scatter": _honoured("bool", "reduce-scatter instead of all-reduce; left out: where that sends less"),
         "use_multi_rank_bucket_allreduce": _honoured("bool", "reduce a bucket for several ranks in one call"),
         "allgather_partitions": _honoured("bool", "gather with all-gather instead of broadcasts"),
         "round_robin_gradients": _honoured("bool", "spread gradient partitions for faster offload"),

@@ -11,6 +11,7 @@ from typing import Any
 
 import deepspeed
 import torch
+import torch.distributed as dist
 from deepspeed import comm as deepspeed_comm
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.config import DeepSpeedConfig
@@ -24,6 +25,7 @@ from gptoughts.engine.parameter_swapper import UNUSED_BUFFERS, ParameterSwapper
 from gptoughts.engine.replicated_optimizer import ReplicatedOptimizer
 from gptoughts.engine.sub_groups import join_norms
 from gptoughts.engine.swap_folder import SwapFolder
+from gptoughts.engine.weight_gathering import gather_in_place_on_gloo
 from gptoughts.errors import PlatformError
 from gptoughts.parallel.deepspeed_mpu import (
     DeepSpeedMpu,
@@ -90,6 +92,20 @@ class ZeroEngine(DeepSpeedEngine):
         # not 0 and applies non-finite gradients; ZeRO's own optimizer accumulates in fp32 as well.
         return ZERO_OPTIMIZATION
 
+    def zero_reduce_scatter(self) -> bool:
+        """Whether gradients are reduce-scattered, where the JSON leaves it open: where that costs less.
+
+        Stages 1 and 2 all-reduce either way, and with reduce-scatter copy each bucket before and after it (zero/
+        stage_1_and_2.py:1545). gloo's reduce-scatter costs more than its all-reduce. Experts of their own ranks,
+        offload, and fp16, whose sums may overflow before they are divided, stay with DeepSpeed's default.
+        """
+        if "reduce_scatter" in self.config["zero_optimization"]:
+            return bool(super().zero_reduce_scatter())
+        if self.has_moe_layers or self.zero_offload_optimizer() is not None or self.fp16_enabled():
+            return True
+        is_on_gloo = dist.get_backend(self.mpu.get_data_parallel_group()) == dist.Backend.GLOO
+        return self.zero_optimization_stage() == 3 and not is_on_gloo
+
     def clip_fp32_gradients(self) -> None:
         """Nothing: the stage 0 optimizer clips, with the norm that it reports."""
 
@@ -131,6 +147,7 @@ def build_zero_engine(
     shutdown_init_context()
     initialize_communication()
     compare_within_data_parallel_group()
+    gather_in_place_on_gloo()
     config = engine_config(deepspeed_json)
     folders = claim_swap_folders(config, "offload_optimizer")
     mpu = DeepSpeedMpu()
@@ -249,6 +266,7 @@ def partitioned_construction(deepspeed_json: Mapping[str, Any], dtype: torch.dty
 
     def enter() -> Any:
         initialize_communication()
+        gather_in_place_on_gloo()
         mpu = DeepSpeedMpu()
         # One for all chunks of the model: DeepSpeed takes the first parameter's for all (zero/stage3.py:1018, 0.19.8).
         if not swappers:

@@ -21,10 +21,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gptoughts.inference.sampling import Sampler
+from gptoughts.inference.sampling import Sampler, likeliest
 from gptoughts.inference.sampling_options import SamplingOptions
 from gptoughts.inference.text_stream import TextStream
-from gptoughts.models.decode_step import DecodeStep, is_decodable, lay_out_for_decoding
+from gptoughts.models.decode_operations import lay_out_for_decoding
+from gptoughts.models.decode_step import DecodeStep, is_decodable
 from gptoughts.models.kv_cache import CacheWindow, KVCache, cached_states
 from gptoughts.parallel import groups
 
@@ -188,7 +189,7 @@ def draw_tokens(logits: Tensor, requests: Sequence[Request]) -> list[int]:
     Collective: tensor-parallel group: its first rank's draws count, so that no rounding sets the ranks apart.
     """
     if all(request.options.is_plain_greedy for request in requests):
-        tokens = logits.argmax(dim=-1)
+        tokens = likeliest(logits)
     else:
         rows = logits.float().cpu()
         drawn = [request.sampler.draw(row, request.ids) for request, row in zip(requests, rows, strict=True)]

@@ -61,7 +61,7 @@ def load_model(path: Path, *, precision: str | None = None, tensor_size: int | N
 
     Raises:
         CheckpointError: there is none, a file is damaged, names and shapes are not those of its configuration, or it
-            carries no tokenizer.
+            carries no tokenizer, or one that is larger than its embedding.
         ConfigError: the model cannot be divided over the ranks.
         DataError: its tokenizer is unreadable.
     Collective: every rank of the world; makes its groups.
@@ -88,10 +88,16 @@ def load_model(path: Path, *, precision: str | None = None, tensor_size: int | N
     else:
         check_files_together(folder)
         weights = CheckpointReader(folder)
+    tokenizer = load_tokenizer(folder / layout.TOKENIZER)
+    if tokenizer.vocab_size > config.model.padded_vocab_size:
+        raise CheckpointError(
+            f"{folder / layout.TOKENIZER}: {tokenizer.vocab_size} tokens, but the model's embedding has "
+            f"{config.model.padded_vocab_size} rows; the tokenizer of its training is needed"
+        )
     model = FAMILIES[config.model_type].load_model_builder()(config, params_dtype=dtype)
     _fill(model, weights)
     model.eval()
-    return LoadedModel(model, load_tokenizer(folder / layout.TOKENIZER), config, folder)
+    return LoadedModel(model, tokenizer, config, folder)
 
 
 def read_config(folder: Path) -> ExperimentConfig:

@@ -6,8 +6,8 @@ https://github.com/ML-GSAI/LLaDA, generate.py):
     x = argmax(l + T G),    c = softmax(l)[x]  (low_confidence)  or  c ~ U[0, 1)  (random),
 
 and the best predictions by c are kept: a fixed number; all with c >= threshold; or the n best, as long as
-(n + 1)(1 - c_n) <= factor (Fast-dLLM, arXiv:2505.22618, section 3.3). Noise and softmax are fp64: a Gumbel maximum in
-lower precision samples from a sharper distribution (arXiv:2409.02908).
+(n + 1)(1 - c_n) <= factor (Fast-dLLM, arXiv:2505.22618, section 3.3). Noise is fp64: a Gumbel maximum in lower
+precision samples from a sharper distribution (arXiv:2409.02908).
 
 Legend: r rows, n masks of all rows, row after row, s sequence, v tokenizer's vocabulary.
 """
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from gptoughts.inference.diffusion_options import DiffusionOptions
+from gptoughts.inference.sampling import likeliest
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,8 @@ def predict(
         special: Ids.
         generators: One for each row, on the device of the logits.
     """
-    logits = logits.to(torch.float64, copy=True)
+    # Noise needs fp64 throughout; without it the largest logit is the same in fp32, and so (below) is its probability.
+    logits = logits.to(torch.float64 if options.temperature > 0 else torch.float32, copy=True)
     logits[:, special.mask : special.mask + 1] = -torch.inf  # it may be the first id beyond a tokenizer's
     if options.suppress_eos and special.eos is not None:
         logits[:, special.eos] = -torch.inf
@@ -67,7 +69,7 @@ def predict(
         uniform = _draws(generators, counts, logits.size(1), logits.device)
         # exp(l) / (-log u)^T as published, in its logarithm: large logits have no exponential.
         noisy = logits - options.temperature * uniform.log_().neg_().log_()
-    tokens = noisy.argmax(dim=-1)
+    tokens = likeliest(noisy)
     if options.remasking == "random":
         return tokens, _draws(generators, counts, 1, logits.device).squeeze(1)
     if options.defer_ends:
@@ -75,7 +77,19 @@ def predict(
         # keeps its confidence; meant is this.
         for token in special.ends():
             logits[:, token] = -torch.inf
-    return tokens, logits.softmax(dim=-1).gather(1, tokens.unsqueeze(1)).squeeze(1)
+    return tokens, _probabilities(logits, tokens)
+
+
+def _probabilities(logits: Tensor, tokens: Tensor) -> Tensor:
+    """softmax(logits)[token], fp64 [n]; the logits are overwritten.
+
+    As e / (e + the other terms' sum) with that last sum in fp64. So a probability near 1, where fp32 has few numbers,
+    has the relative precision of the logits in what it lacks to 1.
+    """
+    terms = logits.sub_(logits.amax(dim=-1, keepdim=True)).exp_()
+    index = tokens.unsqueeze(1)
+    own = terms.gather(1, index).squeeze(1).double()
+    return own / (own + terms.scatter_(1, index, 0.0).sum(dim=-1).double())
 
 
 def _draws(generators: Sequence[torch.Generator], counts: Sequence[int], width: int, device: torch.device) -> Tensor:

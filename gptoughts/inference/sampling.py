@@ -17,6 +17,18 @@ from torch import Tensor
 
 from gptoughts.inference.sampling_options import SamplingOptions
 
+_PART = 128
+
+
+def likeliest(logits: Tensor) -> Tensor:
+    """argmax of [n, v], by parts: torch's own is a loop over single numbers on a CPU, ten times slower than amax."""
+    n, v = logits.shape
+    if v % _PART:
+        return logits.argmax(dim=-1)
+    parts = logits.view(n, v // _PART, _PART)
+    part = parts.amax(dim=-1).argmax(dim=-1)
+    return part * _PART + parts[torch.arange(n, device=logits.device), part].argmax(dim=-1)
+
 
 class Sampler:
     """Draws the tokens of one request, one after the other."""

@@ -146,6 +146,16 @@ class CacheWindow:
         """This window into each layer's memory."""
         return [LayerCache(self, kept) for kept in self.cache.kept]
 
+    def memory(self) -> list[StepMemory]:
+        """The same, with the views of all layers made at once: what each costs is Python's."""
+        if self.start is None:
+            return [StepMemory(None, (), layer) for layer in self.layers()]
+        b, s = self.positions.shape
+        rows = [kept.narrow(1, self.first_row, b) for kept in self.cache.whole]
+        new = zip(*(kept.narrow(3, self.start, s).transpose(2, 3).unbind(0) for kept in rows), strict=True)
+        seen = zip(*(kept.narrow(3, 0, self.num_places).unbind(0) for kept in rows), strict=True)
+        return [StepMemory(*views) for views in zip(new, seen, self.layers(), strict=True)]
+
 
 @dataclass(frozen=True)
 class LayerCache:
@@ -180,46 +190,21 @@ class LayerCache:
 
 @dataclass(frozen=True)
 class StepMemory:
-    """What one layer sees of a window of one token per row, from row 0 on."""
+    """What one layer sees of a window, in few operations (``models.decode_step``)."""
 
     new: tuple[Tensor, ...] | None
-    """Places of the new tokens, [b, heads, width] of each tensor; unset: they are of different positions."""
+    """Places of the forward's tokens, [b, s, heads, width] of each tensor; unset: rows are at different positions."""
     seen: tuple[Tensor, ...]
     """All that attention may look at, [b, heads, num_places, width]."""
-    window: LayerCache | None
-    """Where positions differ."""
-
-    @property
-    def is_visible(self) -> Tensor | None:
-        """The window's."""
-        return None if self.window is None else self.window.window.is_visible
+    layer: LayerCache
 
     def store(self, *new: Tensor) -> tuple[Tensor, ...]:
-        """Keep the new tokens, [b, heads, width] of each tensor; returns what attention may look at."""
+        """Keep the forward's tokens, [b, s, heads, width] of each tensor; returns what attention may look at."""
         if self.new is None:
-            assert self.window is not None
-            return self.window.store(*(values.unsqueeze(0) for values in new))
+            return self.layer.store(*(values.transpose(0, 1) for values in new))
         for place, values in zip(self.new, new, strict=True):
             place.copy_(values)
         return self.seen
-
-
-def step_memory(cache: KVCache, starts: Sequence[int]) -> list[StepMemory]:
-    """Every layer's memory for one token of each of the first rows, at position ``starts[row]``.
-
-    As :meth:`CacheWindow.looking_back`, but views of all layers are made at once: what each costs is Python's.
-
-    Raises:
-        ValueError: they do not fit into the cache.
-    """
-    b, start = len(starts), starts[0]
-    if min(starts) != max(starts):
-        return [StepMemory(None, (), layer) for layer in CacheWindow.looking_back(cache, starts, 1).layers()]
-    _check_fit(cache, 0, b, start + 1)
-    rows = [kept.narrow(1, 0, b) for kept in cache.whole]
-    new = zip(*(kept.select(3, start).unbind(0) for kept in rows), strict=True)
-    seen = zip(*(kept.narrow(3, 0, start + 1).unbind(0) for kept in rows), strict=True)
-    return [StepMemory(*views, None) for views in zip(new, seen, strict=True)]
 
 
 def attention_layers(model: Any, *, with_prediction: bool = False) -> list[Any]:

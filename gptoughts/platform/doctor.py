@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 
 from gptoughts.errors import GptoughtsError, PlatformError
 from gptoughts.platform import async_io
@@ -123,8 +124,12 @@ def _check_megatron_core() -> list[Finding]:
     try:
         version = megatron_core_version()
         mcore_cpu.install()
+        import_module("megatron.core")
     except GptoughtsError as error:
         return [Finding("megatron-core", problem, is_problem=True) for problem in error.problems]
+    # It imports Transformer Engine, and an installation of half of that raises whatever its loader meets first.
+    except (ImportError, OSError, RuntimeError) as error:
+        return [Finding("megatron-core", f"cannot be imported: {error}", is_problem=True)]
     patched = f"{len(mcore_cpu.PATCHES)} replacements for the CPU" if mcore_cpu.is_installed() else "used as it is"
     return [Finding("megatron-core", f"{version} is supported ({supported}); {patched}")]
 

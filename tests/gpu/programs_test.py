@@ -11,11 +11,12 @@ import pytest
 
 from gptoughts.models.registry import FAMILIES
 from gptoughts.training.metrics import read_metrics
+from tests.checkpoint.huggingface.conftest import tokenizer_folder
 from tests.gpu.training_test import needs_engine
 from tests.inference.saved_toy import save_toy
 from tests.integration.conftest import ROOT, Corpus, corpus, python_path, run_program
 
-__all__ = ["corpus"]  # a fixture
+__all__ = ["corpus", "tokenizer_folder"]  # fixtures
 
 
 def launch(*arguments: str, timeout_seconds: float = 240) -> subprocess.CompletedProcess[str]:
@@ -48,9 +49,9 @@ def test_the_fp8_command_trains_and_goes_on(family: str, corpus: Corpus, tmp_pat
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_gpu_samples_what_a_cpu_samples(family: str, corpus: Corpus, tmp_path: Path) -> None:
-    checkpoint = save_toy(family, str(tmp_path), str(corpus.tokenizer))
-    arguments = ["--checkpoint", checkpoint, "--prompt", "def main(", "--max_new_tokens", "24", "--temperature", "0"]
+def test_a_gpu_samples_what_a_cpu_samples(family: str, tokenizer_folder: Path, tmp_path: Path) -> None:
+    checkpoint = save_toy(family, str(tmp_path), str(tokenizer_folder))
+    arguments = ["--checkpoint", checkpoint, "--prompt", "the cat sat", "--max_new_tokens", "24", "--temperature", "0"]
     arguments += ["--precision", "fp32"]
     here = run_program("launchers/generate.py", *arguments)
     assert here.returncode == 0, here.stderr[-3000:]

@@ -23,8 +23,9 @@ CPU_LOSS_RELATIVE = 2e-3
 """fp32 sums in another order, over 20 steps (products in TF32 are off: torch's default)."""
 LAYERS_BF16_RELATIVE = 1e-2
 FP8_LOSS_RELATIVE = 1e-2
-FP8_STEP_1_AMAX_RELATIVE = 2e-2
-"""bf16 activations of two implementations differ by an ulp (2^-8) here and there."""
+FP8_STEP_1_AMAX_RELATIVE = 2**-4
+"""bf16 activations of two implementations differ by an ulp (2^-8) here and there; where one of them lies at the edge
+between two E4M3 numbers its cast differs by a step, 2^-4 to 2^-3 of it, and with it what the next layer sees."""
 
 needs_engine = pytest.mark.skipif(
     torch.cuda.is_available() and device.fp8_obstacle() is not None, reason=str(device.fp8_obstacle())

@@ -133,6 +133,13 @@ def test_what_cannot_be_answered_is_said(publish: Publish, tmp_path: Path) -> No
     for problems, (command, expected) in zip(found, cases, strict=True):
         for text in expected:
             assert text in "\n".join(problems), command
+    tokenizer = folder / "tokenizer.json"
+    content = json.loads(tokenizer.read_text())
+    content["model"]["vocab"] |= {f"<{number}>": number for number in range(270, 1000)}
+    own, _ = tokenizer.read_text(), tokenizer.write_text(json.dumps(content))
+    ((larger,),) = run_distributed(problems_of, 1, [[at, "--prompt=a"]])
+    assert "1000 tokens, but the model's embedding has" in larger[0]
+    tokenizer.write_text(own)
     weights = folder / SINGLE_FILE
     weights.write_bytes(weights.read_bytes()[:-100])
     ((cut,),) = run_distributed(problems_of, 1, [[at, "--prompt=a"]])

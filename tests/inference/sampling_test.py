@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from gptoughts.inference.sampling import Sampler
+from gptoughts.inference.sampling import Sampler, likeliest
 from gptoughts.inference.sampling_options import SamplingOptions
 
 
@@ -73,3 +73,13 @@ def test_what_cannot_be_asked_for() -> None:
     ]  # fmt: skip
     assert SamplingOptions(temperature=float("nan")).problems()
     assert SamplingOptions().problems() == []
+
+
+@pytest.mark.parametrize("width", [100, 256, 1280])
+def test_the_likeliest_is_argmax(width: int) -> None:
+    logits = torch.randn(7, width + 9, generator=torch.Generator().manual_seed(0))[:, :width]
+    logits[0, 3] = logits[0, width - 1] = 9.0  # the first of equals
+    logits[1] = -torch.inf
+    logits[1, width // 2] = -50.0
+    assert torch.equal(likeliest(logits), logits.argmax(-1))
+    assert likeliest(logits)[0] == 3

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gptoughts.models.decode_step import DecodeStep, is_decodable, lay_out_for_decoding
+from gptoughts.models.decode_operations import lay_out_for_decoding
+from gptoughts.models.decode_step import DecodeStep, is_decodable
 from gptoughts.models.kv_cache import CacheWindow, KVCache, cached_states
 from tests.distributed import run_distributed
 from tests.models.kv_cache_test import LENGTHS, PLACES, TOLERANCE, build, error, rows
@@ -83,6 +84,33 @@ def test_threads_share_the_heads_of_one_row() -> None:
     assert max(errors) < TOLERANCE
 
 
+@torch.inference_mode()
+def windows_beside_modules(name: str, around: bool, ragged: bool) -> tuple[float, float]:
+    """Errors of states of five tokens of each row, and of what is kept of them."""
+    model, tokens = build(name), rows()
+    count, starts = len(LENGTHS), [PREFIX - row * int(ragged) for row in range(len(LENGTHS))]
+    caches = [KVCache.of_model(model, rows=count, places=PLACES) for _ in range(2)]
+    for cache in caches:
+        cached_states(model, tokens[:, :PREFIX], CacheWindow.looking_back(cache, [0] * count, PREFIX))
+    if around:
+        positions = torch.tensor(starts)[:, None] + torch.arange(5)
+        lengths = [PREFIX + 5 + row * int(ragged) for row in range(count)]
+        windows = [CacheWindow.looking_around(cache, positions, lengths) for cache in caches]
+    else:
+        windows = [CacheWindow.looking_back(cache, starts, 5) for cache in caches]
+    expected = cached_states(model, tokens[:, :5], windows[0]).transpose(0, 1).flatten(0, 1)
+    found = DecodeStep(model).window_states(tokens[:, :5].flatten(), windows[1])
+    layers = zip(*(cache.kept for cache in caches), strict=True)
+    return error(found, expected), max(error(a, b) for one, other in layers for a, b in zip(one, other, strict=True))
+
+
+@pytest.mark.parametrize("ragged", [False, True])
+@pytest.mark.parametrize(("name", "around"), [("gpt", False), ("mla", False), ("llada", True), ("llada-mla", True)])
+def test_a_window_of_several_tokens_equals_the_modules(name: str, around: bool, ragged: bool) -> None:
+    (errors,) = run_distributed(windows_beside_modules, 1, name, around, ragged)
+    assert max(errors) < TOLERANCE
+
+
 def test_one_matrix_for_both_ends() -> None:
     (errors,) = run_distributed(step_beside_modules, 1, "gpt", False, True)
     assert max(errors) < TOLERANCE
@@ -107,7 +135,7 @@ def experts_read() -> tuple[list[int], list[int]]:
     """Experts that a step chose, and those whose matrices it used."""
     from unittest.mock import patch
 
-    from gptoughts.models import decode_step
+    from gptoughts.models import decode_operations
 
     model = build("deepseek")
     cache = KVCache.of_model(model, rows=1, places=PLACES)
@@ -116,13 +144,13 @@ def experts_read() -> tuple[list[int], list[int]]:
     mixture.router.register_forward_hook(lambda module, given, result: chosen.extend(result[1].flatten().tolist()))
     places = {mixture.experts.linear_fc1_weight[e].data_ptr(): e for e in range(6)}
     used: list[int] = []
-    linear = decode_step.F.linear
+    linear = decode_operations.F.linear
 
     def watched(x: torch.Tensor, weight: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
         used.extend([places[weight.data_ptr()]] if weight.data_ptr() in places else [])
         return linear(x, weight, *rest)
 
-    with patch.object(decode_step.F, "linear", watched):
+    with patch.object(decode_operations.F, "linear", watched):
         DecodeStep(model).states([5], [0], cache)
     return sorted(chosen), sorted(used)
 

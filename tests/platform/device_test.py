@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from gptoughts.platform import determinism, device, doctor
+from gptoughts.platform import determinism, device, doctor, mcore_cpu
 
 
 @pytest.fixture
@@ -70,3 +70,14 @@ def test_doctor_names_an_operator_that_cannot_be_built(monkeypatch: pytest.Monke
     (finding,) = doctor.build_ops("comm")
     assert finding.is_problem
     assert finding.topic == "NoSuchBuilder"
+
+
+def test_the_doctor_says_that_half_of_transformer_engine_is_installed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail() -> bool:
+        raise FileNotFoundError("Could not find shared object file for Transformer Engine torch lib.")
+
+    monkeypatch.setattr(mcore_cpu, "install", fail)
+    assert doctor.main([]) == 1
+    assert "cannot be imported: Could not find shared object file for Transformer Engine" in capsys.readouterr().out
