@@ -23,6 +23,7 @@ from torch import nn
 from gptoughts.engine.module_trace import compare_within_data_parallel_group
 from gptoughts.engine.parameter_swapper import UNUSED_BUFFERS, ParameterSwapper
 from gptoughts.engine.replicated_optimizer import ReplicatedOptimizer
+from gptoughts.engine.sub_groups import join_norms
 from gptoughts.engine.swap_folder import SwapFolder
 from gptoughts.engine.weight_gathering import gather_in_place_on_gloo
 from gptoughts.errors import PlatformError
@@ -163,6 +164,8 @@ def build_zero_engine(
     # With caller-owned accumulation its sample counter stays 0, so that engine.step would log at x = 0
     # (engine.py:3646); events are written with our own step instead.
     engine.swap_folders = folders
+    if engine.zero_optimization_partition_weights():
+        join_norms(engine.optimizer)
     engine.event_monitor = engine.monitor
     engine.monitor = SimpleNamespace(enabled=False)
     return engine
@@ -259,16 +262,20 @@ def partitioned_construction(deepspeed_json: Mapping[str, Any], dtype: torch.dty
     # It would replace torch.nn.functional.linear for the rest of the process; megatron-core's linears have their own.
     config["zero_optimization"].setdefault("memory_efficient_linear", False)
 
+    swappers: list[ParameterSwapper | None] = []
+
     def enter() -> Any:
         initialize_communication()
         gather_in_place_on_gloo()
         mpu = DeepSpeedMpu()
-        own_config = copy.deepcopy(config)
+        # One for all chunks of the model: DeepSpeed takes the first parameter's for all (zero/stage3.py:1018, 0.19.8).
+        if not swappers:
+            swappers.append(_build_parameter_swapper(config, mpu, dtype))
         context = _Init(
             data_parallel_group=mpu.get_data_parallel_group(),
-            config_dict_or_path=own_config,
+            config_dict_or_path=config,
             mpu=mpu,
-            param_swapper=_build_parameter_swapper(own_config, mpu, dtype),
+            param_swapper=swappers[0],
         )
         # Given as an argument it would be bf16 wherever fp16 is not supported, whatever was asked for: a conditional
         # expression without brackets (runtime/zero/partition_parameters.py:409 of 0.19.8).

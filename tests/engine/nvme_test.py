@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,37 @@ def test_every_combination(name: str, plain: list[tuple[float, float]], tmp_path
     path = write_json(tmp_path, name, **OTHERS[name])
     for found in run_distributed(_train_and_resume, 2, path, str(tmp_path), "fp32", True):
         _check(found, plain)
+
+
+AXES = {
+    "gpt-tensor": ("gpt", Layout(tensor=2, sequence=True)),
+    "gpt-interleaved": ("gpt", Layout(pipeline=2, virtual=2, layers=4, accumulation=2)),
+    "deepseek-expert": ("deepseek", Layout(data=2, expert=2)),
+    "mla-context": ("mla", Layout(context=2)),
+}
+
+
+def _losses(family: str, layout: Layout, path: str, folder: str) -> tuple[list[float], list[str]]:
+    extra = (f"--deepspeed_config={path}", "--train.precision=fp32", *LARGE)
+    run = ToyRun(family, dataclasses.replace(layout, extra=extra), Path(folder))
+    losses = [result.loss for result in run.train(3)]
+    files = _files(folder)
+    torch.distributed.barrier()
+    run.close()
+    return losses, files
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", AXES)
+def test_beside_every_axis(name: str, tmp_path: Path) -> None:
+    family, layout = AXES[name]
+    expected = run_distributed(_losses, 2, family, layout, ZERO3, str(tmp_path / "plain"))
+    for (losses, _), (found, files) in zip(
+        expected, run_distributed(_losses, 2, family, layout, str(SHIPPED), str(tmp_path / "nvme")), strict=True
+    ):
+        assert found == pytest.approx(losses, rel=1e-4)
+        assert any("_param." in file for file in files)
+        assert any(file.startswith("exp_avg") for file in files)
 
 
 def _whole(run: ToyRun) -> dict[tuple[str, str], list[tuple[int, torch.Tensor]]]:
