@@ -20,7 +20,7 @@ Legend: h hidden, np heads, f feed-forward width, e experts.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
-from typing import NamedTuple
+from dataclasses import dataclass
 
 from gptoughts.config.experiment import ExperimentConfig
 from gptoughts.config.fp8 import is_kept
@@ -43,7 +43,8 @@ _REMADE_BY = {
 """Part of a layer that is recomputed -> products whose first forward keeps nothing."""
 
 
-class Product(NamedTuple):
+@dataclass(frozen=True)
+class Product:
     """A product of a layer that can run in FP8."""
 
     name: str
