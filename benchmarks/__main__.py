@@ -7,7 +7,7 @@ import sys
 
 ALL = (
     "startup", "preprocess", "model_step", "train_step", "moe_step", "masked_head", "context", "diffusion",
-    "zero_step", "zero_memory", "recompute", "checkpoint", "guard", "recovery", "plan", "decode", "fp8_step",
+    "zero_step", "zero_memory", "offload", "recompute", "checkpoint", "guard", "recovery", "plan", "decode", "fp8_step",
     "fp8_quality",
 )  # fmt: skip
 

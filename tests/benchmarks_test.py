@@ -21,6 +21,7 @@ SMALLEST: dict[str, tuple[str, ...]] = {
     "masked_head": FEW_STEPS,
     "zero_step": FEW_STEPS,
     "recompute": FEW_STEPS,
+    "offload": ("--steps", "1"),
     "checkpoint": ("--rounds", "1"),
     "fp8_step": ("--steps", "1", "--warmup_steps", "0", "--batch_size", "1", "--block_size", "64"),
     "diffusion": (
