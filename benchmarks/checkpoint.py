@@ -50,10 +50,14 @@ class SaveBothWays(Callback):
             return
         if self._pending is not None:
             self.steps["while writing"].append(report.step_seconds)
-            if not self._pending.is_written:
+            if not self._pending.is_next_due:
                 return
-            self.writing.append(time.perf_counter() - self._begun)
             started = time.perf_counter()
+            if not self._pending.is_publishing:
+                self.writing.append(started - self._begun)
+                self._manager.publish(self._pending)
+                self.stalls["asynchronous"][-1] += time.perf_counter() - started
+                return
             folder = self._manager.finish(self._pending)
             self.stalls["asynchronous"][-1] += time.perf_counter() - started
             self.num_bytes = sum(path.stat().st_size for path in folder.iterdir())

@@ -24,20 +24,31 @@ from gptoughts.parallel import groups
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
+@dataclass
 class PendingSave:
-    """A checkpoint that this rank is writing, or has written, and that is not published yet."""
+    """A checkpoint that this rank is writing, or has written, and that is not known to be the latest yet."""
 
     folder: Path
     """Its final name."""
     train_state: Mapping[str, Any]
     """Where the run stood."""
     _record: Future[layout.FileRecord]
+    is_publishing: bool = False
+    """Whether every rank has written its part and rank 0 makes a checkpoint of them."""
+    _publication: Future[None] | None = None
+    """On rank 0."""
 
     @property
     def is_written(self) -> bool:
         """Whether this rank's part is done, well or not. Collective: none."""
         return self._record.done()
+
+    @property
+    def is_next_due(self) -> bool:
+        """Whether this rank would not wait in the next of ``publish`` and ``finish``. Collective: none."""
+        if not self.is_publishing:
+            return self.is_written
+        return self._publication is None or self._publication.done()
 
     def outcome(self) -> tuple[str | None, layout.FileRecord | None]:
         """Wait for this rank's part: what went wrong, or what was written. Collective: none."""
@@ -82,6 +93,8 @@ class CheckpointManager:
     def begin(self, engine: Engine, train_state: Mapping[str, Any], *, is_asynchronous: bool) -> PendingSave:
         """Write this rank's part of a checkpoint of the present step; :meth:`finish` has to follow.
 
+        :meth:`publish` may come between the two, so that training goes on beside its work, too.
+
         One save at a time. Until it is finished the former checkpoint is the latest.
 
         Args:
@@ -109,8 +122,8 @@ class CheckpointManager:
         writer.shutdown(wait=not is_asynchronous)
         return PendingSave(folder, {**train_state, "engine": engine.scalar_state()}, record)
 
-    def finish(self, pending: PendingSave) -> Path:
-        """Wait until every rank has written its part, then make the checkpoint the latest.
+    def publish(self, pending: PendingSave) -> None:
+        """Wait until every rank has written its part, then let a thread of rank 0 make the checkpoint the latest.
 
         Raises:
             CheckpointError: as :meth:`save`.
@@ -120,7 +133,23 @@ class CheckpointManager:
         dist.all_gather_object(answers, pending.outcome())
         self._raise_where_any(pending.folder, [found for found, _ in answers])
         records = {layout.shard_file(rank): record for rank, (_, record) in enumerate(answers)}
-        self._on_rank_zero(pending.folder, lambda: self._publish(pending.folder, records, dict(pending.train_state)))
+        if dist.get_rank() == 0:
+            publisher = ThreadPoolExecutor(1, thread_name_prefix="checkpoint-publisher")
+            pending._publication = publisher.submit(self._publish, pending.folder, records, dict(pending.train_state))
+            publisher.shutdown(wait=False)
+        pending.is_publishing = True
+
+    def finish(self, pending: PendingSave) -> Path:
+        """Wait until the checkpoint is the latest.
+
+        Raises:
+            CheckpointError: as :meth:`save`.
+        Collective: every rank of the world.
+        """
+        if not pending.is_publishing:
+            self.publish(pending)
+        publication = pending._publication
+        self._on_rank_zero(pending.folder, lambda: publication.result() if publication is not None else None)
         return pending.folder
 
     def _publish(self, folder: Path, records: dict[str, layout.FileRecord], state: dict[str, Any]) -> None:

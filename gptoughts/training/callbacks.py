@@ -157,7 +157,7 @@ class CheckpointCallback(Callback):
         is_asynchronous: Let training go on while files are written; a save waits for the one before.
     """
 
-    _WRITTEN_FLAG = "checkpoint_written"
+    _DUE_FLAG = "checkpoint_due"
 
     def __init__(
         self, manager: CheckpointManager, interval_steps: int, say: Callable[[str], None], *, is_asynchronous: bool
@@ -175,12 +175,15 @@ class CheckpointCallback(Callback):
         self._saved_step = trainer.state.step
 
     def flags(self) -> Mapping[str, float]:
-        return {self._WRITTEN_FLAG: float(self._pending is not None and self._pending.is_written)}
+        return {self._DUE_FLAG: float(self._pending is not None and self._pending.is_next_due)}
 
     def on_step_end(self, trainer: Trainer, report: StepReport) -> None:
-        # All ranks read the same sum, so that all publish after the same step.
-        if report.result.flags[self._WRITTEN_FLAG] == groups.world_size():
-            self._finish()
+        # All ranks read the same sum, so that all go on with the save after the same step.
+        if self._pending is not None and report.result.flags[self._DUE_FLAG] == groups.world_size():
+            if self._pending.is_publishing:
+                self._finish()
+            else:
+                self._publish(self._pending)
         if self._interval_steps and trainer.state.step % self._interval_steps == 0:
             self._is_due = True
         # After a step that was not applied the state may be at fault: better none than a bad checkpoint.
@@ -209,6 +212,11 @@ class CheckpointCallback(Callback):
         self._saved_step = trainer.state.step
         if not self._is_asynchronous:
             self._finish()
+
+    def _publish(self, pending: PendingSave) -> None:
+        started = time.perf_counter()
+        self._manager.publish(pending)
+        self._stalled_seconds += time.perf_counter() - started
 
     def _finish(self) -> None:
         if self._pending is None:

@@ -35,8 +35,11 @@ def _save_both_ways(folder: str) -> dict[str, str]:
         reader = run.manager.find("auto")
         assert reader is not None
         assert reader.folder == former
-    finished = run.manager.finish(pending)
+    pending._record.exception()  # waits
     assert pending.is_written
+    assert pending.is_next_due
+    run.manager.publish(pending)
+    finished = run.manager.finish(pending)
     assert layout.list_checkpoints(run.manager.run) == [former, finished]
     now = _records(finished)
     assert json.loads((finished / layout.TRAIN_STATE).read_text())["is"] == "of step 2"
