@@ -12,17 +12,16 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import os
 import re
 import statistics
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+
+from benchmarks.ranks import answers_of
 
 FILES = ("zero3", "zero3_offload", "zero3_infinity")
 RANKS = 2
@@ -43,23 +42,12 @@ def anonymous_bytes() -> int:
     return int(found[1]) * 1024
 
 
-def run_rank(rank: int, port: int, name: str, steps: int, folder: str, answers: Any) -> None:
-    """Some steps on one rank; its bytes and the seconds of a step go to ``answers``."""
+def run_rank(rank: int, name: str, steps: int, folder: str) -> tuple[int, int, float, int]:
+    """Some steps on one rank: its bytes in memory and on the disk, seconds of a step, parameters of the model."""
     from gptoughts.config.cli import load_experiment
-    from gptoughts.config.experiment import ParallelConfig
     from gptoughts.models.registry import FAMILIES
-    from gptoughts.parallel import groups
-    from gptoughts.platform import gloo
-    from gptoughts.platform.startup import prepare_process
     from gptoughts.training.setup import build_engine
 
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(RANKS), LOCAL_WORLD_SIZE=str(RANKS))
-    prepare_process()
-    torch.set_num_threads(1)
-    gloo.share_device()
-    store = dist.TCPStore("127.0.0.1", port, is_master=False)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=RANKS)
-    groups.initialize(ParallelConfig(), seed=1234)
     flags = [*_SHAPE, f"--deepspeed_config={_CONFIGS / name}.json", f"--output_dir={folder}"]
     experiment = load_experiment(flags, FAMILIES, world_size=RANKS)
     size, length = experiment.config.model.padded_vocab_size, experiment.config.block_size or 0
@@ -75,27 +63,14 @@ def run_rank(rank: int, port: int, name: str, steps: int, folder: str, answers: 
     on_disk = sum(path.stat().st_size for path in Path(folder).rglob("*.swp"))
     dist.barrier()
     count = sum(p.ds_numel for p in parameters.values())  # type: ignore[attr-defined]
-    answers.put((held, on_disk // RANKS, statistics.median(seconds), count))
     engine.close()
-    dist.barrier()
-    groups.destroy()
+    return held, on_disk // RANKS, statistics.median(seconds), count
 
 
 def measure(name: str, steps: int) -> dict[str, float]:
     """The fuller of two ranks under one of the shipped files."""
-    context = mp.get_context("spawn")
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    answers = context.Queue()
     with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:
-        processes = [
-            context.Process(target=run_rank, args=(rank, store.port, name, steps, folder, answers))
-            for rank in range(RANKS)
-        ]
-        for process in processes:
-            process.start()
-        found = [answers.get() for _ in processes]
-        for process in processes:
-            process.join()
+        found = answers_of(RANKS, run_rank, name, steps, folder)
     part = found[0][3] / RANKS
     held, on_disk, seconds, _ = max(found)
     return {

@@ -11,17 +11,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from benchmarks.model_step import SHAPE
+from benchmarks.ranks import answers_of
 
 WIDTHS = {"fp32": 4, "bf16": 2}
 _FP32, _MOMENTS_AND_MASTERS = 4, 12
@@ -51,53 +49,30 @@ def held_bytes(engine: Any) -> dict[str, int]:
     }
 
 
-def run_rank(rank: int, ranks: int, port: int, precision: str, answers: Any) -> None:
-    """Two steps on one rank; its bytes go to ``answers``."""
+def run_rank(rank: int, ranks: int, precision: str) -> tuple[dict[str, int], int]:
+    """Two steps on one rank: its bytes, and parameters of the model."""
     from benchmarks.zero_step import our_experiment
-    from gptoughts.config.experiment import ParallelConfig
-    from gptoughts.parallel import groups
-    from gptoughts.platform import gloo
-    from gptoughts.platform.startup import prepare_process
     from gptoughts.training.setup import build_engine
 
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks))
-    prepare_process()
-    torch.set_num_threads(1)
-    gloo.share_device()
-    store = dist.TCPStore("127.0.0.1", port, is_master=False)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks)
-    groups.initialize(ParallelConfig(), seed=1234)
     with tempfile.TemporaryDirectory() as folder:
         experiment = our_experiment(3, precision, 1, Path(folder), world_size=ranks)
     engine, objective, parameters = build_engine(experiment, torch.ones(SHAPE.padded_vocab_size, dtype=torch.int64))
     for step in range(2):
         tokens = torch.randint(0, SHAPE.vocab_size, (1, SHAPE.seq_length + 1))
         engine.train_step([objective.prepare(tokens, torch.tensor([step * ranks + rank]))], lr=1e-4)
-    answers.put((rank, held_bytes(engine), sum(p.ds_numel for p in parameters.values())))  # type: ignore[attr-defined]
-    dist.barrier()
-    groups.destroy()
+    return held_bytes(engine), sum(p.ds_numel for p in parameters.values())  # type: ignore[attr-defined]
 
 
 def measure(precision: str, ranks: int) -> dict[str, Any]:
     """The fullest rank, and its ratio to theory."""
-    context = mp.get_context("spawn")
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    answers = context.Queue()
-    processes = [
-        context.Process(target=run_rank, args=(rank, ranks, store.port, precision, answers)) for rank in range(ranks)
-    ]
-    for process in processes:
-        process.start()
-    found = [answers.get() for _ in processes]
-    for process in processes:
-        process.join()
-    count = found[0][2]
+    found = answers_of(ranks, run_rank, ranks, precision)
+    count = found[0][1]
     theory = {
         "weights": WIDTHS[precision] * count / ranks,
         "gradients": _FP32 * count / ranks,
         "optimizer": _MOMENTS_AND_MASTERS * count / ranks,
     }
-    fullest = max((held for _, held, _ in found), key=lambda held: sum(held[name] for name in theory))
+    fullest = max((held for held, _ in found), key=lambda held: sum(held[name] for name in theory))
     total = sum(fullest[name] for name in theory)
     return {
         "precision": precision,
