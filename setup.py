@@ -9,6 +9,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["gptoughts", "gptoughts.*"]),
+    package_data={"gptoughts": ["models/*.cpp", "models/*.h"]},
     install_requires=[
         "torch>=2.6",
         "megatron-core>=0.16.1,<0.20",

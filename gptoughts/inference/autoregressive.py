@@ -27,6 +27,7 @@ from gptoughts.inference.text_stream import TextStream
 from gptoughts.models.decode_operations import lay_out_for_decoding
 from gptoughts.models.decode_step import DecodeStep, is_decodable
 from gptoughts.models.kv_cache import CacheWindow, KVCache, cached_states
+from gptoughts.models.native_decode import MOST_ROWS
 from gptoughts.parallel import groups
 
 END, STOP, LENGTH, CONTEXT = "end", "stop", "length", "context"
@@ -100,8 +101,9 @@ class BatchGenerator:
         self.decode_step: DecodeStep | None = None
         """Stands for a forward of one token per row where it knows the model."""
         if is_decodable(model):
-            lay_out_for_decoding(model)
             self.decode_step = DecodeStep(model)
+            if self.decode_step.native is None or rows > MOST_ROWS:
+                lay_out_for_decoding(model)
         self.running: list[Request] = []
         """By row."""
 

@@ -6,9 +6,9 @@ much as the products of a small model. Here the same weights go through the same
 query, key and value, one turn of the rotary parts, attention over the cache, one product that adds to the residual, and
 so on. The modules stay the reference; tests compare the two.
 
-Where one token of each row is decoded, matrices are laid out by input (:func:`lay_out_for_decoding`): MKL's product of
-few rows with a matrix is about one and a half times as fast there as with the usual layout, by output. A window of a
-masked-diffusion model has enough tokens for the usual one.
+Dense models in fp32 on a CPU go through all layers in one call (``models.native_decode``) where there is a C++
+compiler. For others, where one token of each row is decoded, matrices are laid out by input (``lay_out_for_decoding``),
+which suits MKL's products of few rows; a window of a masked-diffusion model has enough tokens for the usual layout.
 
 Legend: b rows, s tokens of each, n = b s, h hidden, np heads on this rank, ng key/value heads there, g = np / ng,
 hn head dim, c latent rank, d rotary size, p places.
@@ -41,6 +41,7 @@ from gptoughts.models.decode_operations import (
 from gptoughts.models.kv_cache import CacheWindow, KVCache, StepMemory
 from gptoughts.models.latent_attention import MLASelfAttention
 from gptoughts.models.moe import MixtureOfExperts
+from gptoughts.models.native_decode import MOST_ROWS, native_decoder
 from gptoughts.models.norms import RMSNorm
 from gptoughts.parallel import groups
 
@@ -50,7 +51,7 @@ class DecodeStep:
 
     Args:
         model: A ``LanguageModel`` in evaluation mode, of which :func:`is_decodable` is true; its weights, as they are
-            laid out now, are what counts.
+            now, are what counts.
     """
 
     def __init__(self, model: Any) -> None:
@@ -59,6 +60,8 @@ class DecodeStep:
         self.final_norm = Norm(model.decoder.final_layernorm)
         is_tied = model.share_embeddings_and_output_weights
         self.output = model.shared_embedding_or_output_weight() if is_tied else model.output_layer.weight
+        self.native = native_decoder(model, self.output)
+        """Stands for the layers below where it knows them all and a window is small."""
         self._turns: tuple[Tensor, Tensor] | None = None
 
     def suits(self, count: int) -> bool:
@@ -81,12 +84,16 @@ class DecodeStep:
         assert not window.is_causal, "whole prompts are the modules'"
         turn = self._turn(window)
         x = self._embed(ids)
+        if self.native is not None and ids.numel() <= MOST_ROWS:
+            return self.native.states(x, window, *(part.view(-1, part.size(-4), part.size(-1)) for part in turn))
         for layer, kept in zip(self.layers, window.memory(), strict=False):
             x = layer.forward(x, kept, turn)
         return self.final_norm(x)
 
     def logits(self, states: Tensor) -> Tensor:
         """[n, h] to [n, whole vocabulary]. Collective: tensor-parallel group."""
+        if self.native is not None and states.size(0) <= MOST_ROWS:
+            return self.native.logits(states)
         logits = product(states, self.output)
         return gather_from_tensor_model_parallel_region(logits) if groups.tensor_parallel_size() > 1 else logits
 

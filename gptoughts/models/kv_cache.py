@@ -21,6 +21,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from gptoughts.platform import huge_pages
+
 
 class CachedAttention(Protocol):
     """An attention layer that can work with a cache."""
@@ -53,7 +55,7 @@ class KVCache:
         with torch.inference_mode(False):  # so that it can be written inside inference_mode and outside
             self.whole: list[Tensor] = [
                 # Zeros: a place that was never written must not hold a NaN, which no mask stops.
-                torch.zeros(len(layers), rows, heads, places, width, dtype=dtype, device=device)
+                _zeros((len(layers), rows, heads, places, width), dtype, device)
                 for heads, width in shapes[0]
             ]
         """What all layers keep, [layers, r, heads, p, width] each."""
@@ -241,6 +243,12 @@ def cached_states(model: Any, input_ids: Tensor, window: CacheWindow) -> Tensor:
             attention_mask=None,
             rotary_pos_emb=model.rotary_table(window.cache.places, window.positions),
         )
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    if device.type == "cpu":
+        return huge_pages.empty(shape, dtype).zero_()
+    return torch.zeros(shape, dtype=dtype, device=device)
 
 
 def _common_start(positions: Tensor) -> int | None:

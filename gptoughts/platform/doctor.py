@@ -158,7 +158,10 @@ def _check_compiler() -> list[Finding]:
         return []
     put_ninja_on_path()
     findings = []
-    for program, install in (("ninja", "pip install ninja"), ("c++", "install a C++ compiler, e.g. g++")):
+    for program, install in (
+        ("ninja", "pip install ninja"),
+        ("c++", "install a C++ compiler, e.g. g++ (what decodes on a CPU is compiled too)"),
+    ):
         found = shutil.which(program)
         text = found or f"not found; DeepSpeed compiles its CPU operators with it: {install}"
         findings.append(Finding(program, text, is_problem=found is None))

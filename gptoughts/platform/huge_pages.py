@@ -33,3 +33,12 @@ def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     if madvise is not None:
         madvise(ctypes.c_void_p(memory.data_ptr() + start), ctypes.c_size_t(padded_bytes), _MADV_HUGEPAGE)
     return memory[start // size :][:count].view(*shape)
+
+
+def moved(tensor: Tensor) -> Tensor:
+    """A contiguous CPU tensor, in large pages; itself where there are none, where it fills none, or if it is there."""
+    is_small = tensor.numel() * tensor.element_size() < _PAGE_BYTES
+    if is_small or not sys.platform.startswith("linux") or tensor.data_ptr() % _PAGE_BYTES == 0:
+        return tensor
+    with torch.inference_mode(False):  # so that a parameter can still be trained
+        return empty(tensor.shape, tensor.dtype).copy_(tensor)

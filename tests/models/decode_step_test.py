@@ -2,20 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from unittest.mock import patch
+
 import pytest
 import torch
 
 from gptoughts.models.decode_operations import lay_out_for_decoding
 from gptoughts.models.decode_step import DecodeStep, is_decodable
 from gptoughts.models.kv_cache import CacheWindow, KVCache, cached_states
+from gptoughts.platform import native_library
 from tests.distributed import run_distributed
 from tests.models.kv_cache_test import LENGTHS, PLACES, TOLERANCE, build, error, rows
 
 PREFIX = 9
 
 
+@contextmanager
+def compiler(is_there: bool) -> Iterator[None]:
+    """With our C++, or as where it cannot be compiled."""
+    with nullcontext() if is_there else patch.object(native_library, "load", lambda source: None):
+        yield
+
+
 @torch.inference_mode()
-def step_beside_modules(name: str, ragged: bool, tied: bool = False, tensor: int = 1) -> tuple[float, float]:
+def step_beside_modules(
+    name: str, ragged: bool, tied: bool = False, tensor: int = 1, native: bool = False
+) -> tuple[float, float]:
     """Errors of states over three steps, and of what is kept at the end."""
     changes = {"q_lora_rank": None} if name == "mla" and ragged else {}
     model = build(name, tensor, untie_embeddings_and_output_weights=not tied, **changes)
@@ -30,8 +44,11 @@ def step_beside_modules(name: str, ragged: bool, tied: bool = False, tensor: int
         now = [start + number for start in starts]
         window = CacheWindow.looking_back(caches[0], now, 1)
         expected.append(cached_states(model, tokens[:, number : number + 1], window)[0])
-    lay_out_for_decoding(model)
-    step = DecodeStep(model)
+    if not native:
+        lay_out_for_decoding(model)
+    with compiler(native):
+        step = DecodeStep(model)
+    assert (step.native is not None) == native
     for number in range(3):
         now = [start + number for start in starts]
         found.append(step.states(tokens[:, number].tolist(), now, caches[1]))
@@ -43,9 +60,9 @@ def step_beside_modules(name: str, ragged: bool, tied: bool = False, tensor: int
 
 
 @pytest.mark.parametrize("ragged", [False, True])
-@pytest.mark.parametrize("name", ["gpt", "mla", "deepseek"])
-def test_a_step_equals_the_modules(name: str, ragged: bool) -> None:
-    (errors,) = run_distributed(step_beside_modules, 1, name, ragged)
+@pytest.mark.parametrize(("name", "native"), [("gpt", False), ("gpt", True), ("mla", False), ("deepseek", False)])
+def test_a_step_equals_the_modules(name: str, native: bool, ragged: bool) -> None:
+    (errors,) = run_distributed(step_beside_modules, 1, name, ragged, False, 1, native)
     assert max(errors) < TOLERANCE
 
 
@@ -85,7 +102,7 @@ def test_threads_share_the_heads_of_one_row() -> None:
 
 
 @torch.inference_mode()
-def windows_beside_modules(name: str, around: bool, ragged: bool) -> tuple[float, float]:
+def windows_beside_modules(name: str, around: bool, ragged: bool, native: bool) -> tuple[float, float]:
     """Errors of states of five tokens of each row, and of what is kept of them."""
     model, tokens = build(name), rows()
     count, starts = len(LENGTHS), [PREFIX - row * int(ragged) for row in range(len(LENGTHS))]
@@ -99,20 +116,30 @@ def windows_beside_modules(name: str, around: bool, ragged: bool) -> tuple[float
     else:
         windows = [CacheWindow.looking_back(cache, starts, 5) for cache in caches]
     expected = cached_states(model, tokens[:, :5], windows[0]).transpose(0, 1).flatten(0, 1)
-    found = DecodeStep(model).window_states(tokens[:, :5].flatten(), windows[1])
+    with compiler(native):
+        step = DecodeStep(model)
+    assert (step.native is not None) == native
+    found = step.window_states(tokens[:, :5].flatten(), windows[1])
     layers = zip(*(cache.kept for cache in caches), strict=True)
     return error(found, expected), max(error(a, b) for one, other in layers for a, b in zip(one, other, strict=True))
 
 
 @pytest.mark.parametrize("ragged", [False, True])
-@pytest.mark.parametrize(("name", "around"), [("gpt", False), ("mla", False), ("llada", True), ("llada-mla", True)])
-def test_a_window_of_several_tokens_equals_the_modules(name: str, around: bool, ragged: bool) -> None:
-    (errors,) = run_distributed(windows_beside_modules, 1, name, around, ragged)
+@pytest.mark.parametrize(
+    ("name", "around", "native"),
+    [
+        ("gpt", False, False), ("gpt", False, True), ("mla", False, False),
+        ("llada", True, False), ("llada", True, True), ("llada-mla", True, False),
+    ],
+)  # fmt: skip
+def test_a_window_of_several_tokens_equals_the_modules(name: str, around: bool, native: bool, ragged: bool) -> None:
+    (errors,) = run_distributed(windows_beside_modules, 1, name, around, ragged, native)
     assert max(errors) < TOLERANCE
 
 
-def test_one_matrix_for_both_ends() -> None:
-    (errors,) = run_distributed(step_beside_modules, 1, "gpt", False, True)
+@pytest.mark.parametrize("native", [False, True])
+def test_one_matrix_for_both_ends(native: bool) -> None:
+    (errors,) = run_distributed(step_beside_modules, 1, "gpt", False, True, 1, native)
     assert max(errors) < TOLERANCE
 
 
@@ -133,8 +160,6 @@ def test_another_layout_of_matrices_changes_nothing() -> None:
 @torch.inference_mode()
 def experts_read() -> tuple[list[int], list[int]]:
     """Experts that a step chose, and those whose matrices it used."""
-    from unittest.mock import patch
-
     from gptoughts.models import decode_operations
 
     model = build("deepseek")
