@@ -62,6 +62,8 @@ def contestants(new_tokens: int, block_length: int, threshold: float, factor: fl
         "prefix cache + threshold": {"cache": "prefix", "threshold": threshold},
         "dual cache + threshold": {"cache": "dual", "threshold": threshold},
         "dual cache + factor": {"cache": "dual", "factor": factor},
+        "delayed cache": {"cache": "delayed"},
+        "delayed cache + threshold": {"cache": "delayed", "threshold": threshold},
     }
     return {
         name: Contestant(DiffusionOptions(new_tokens, block_length, stop_at_end=False, **changes))  # type: ignore[arg-type]
@@ -175,7 +177,7 @@ def main() -> None:
     parser.add_argument("--threshold", type=float, default=0.9)
     parser.add_argument("--factor", type=float, default=1.0)
     parser.add_argument(
-        "--samplers", nargs="*", default=("dual cache + threshold", "dual cache + factor"),
+        "--samplers", nargs="*", default=("dual cache + threshold", "delayed cache + threshold"),
         help="some by name; none named: all; the published one always runs",
     )  # fmt: skip
     parser.add_argument("--skip_likelihood", action="store_true", help="measure speed alone")

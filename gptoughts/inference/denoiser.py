@@ -6,8 +6,8 @@ arXiv:2410.18514, section 5) runs each row a second time with what it was given 
     l = u + (w + 1)(c - u),    c logits of the row, u of the row without its prompt.
 
 With a cache (Fast-dLLM, arXiv:2505.22618, section 3.2) a forward of whole rows keeps all keys and values, and later
-ones run a window of each row alone: what is outside it is looked at as it was. Where attention looks both ways that is
-no exact shortcut, but keys and values change little while a block is restored.
+ones run some positions of each row alone: the others are looked at as they were. Where attention looks both ways that
+is no exact shortcut, but keys and values change little while a block is restored.
 
 Legend: r rows, s sequence, w window, n positions of all rows, v tokenizer's vocabulary.
 """
@@ -100,19 +100,22 @@ class Denoiser:
             return self._guided(rows, positions, row * s + position - self.shift)
         return self._guided(rows, None, row * s + position - self.shift)
 
-    def window_logits(self, rows: Rows, is_wanted: Tensor, starts: Tensor, ends: Tensor) -> Tensor:
-        """The same, of the positions int64 [r] ``starts`` to ``ends`` of each row alone (the wanted ones among them).
+    def window_logits(self, rows: Rows, is_wanted: Tensor, is_run: Tensor) -> Tensor:
+        """The same, with the positions bool [r, s] of each row run alone, the wanted ones among them.
 
         All rows have to be among those of the last :meth:`logits` and windows since. Collective: tensor-parallel group.
         """
         assert self.cache is not None
         self._drop_others(rows)
-        starts = starts - self.shift
-        width = int((ends - starts).max())
-        positions = starts[:, None] + torch.arange(width, device=starts.device)
-        positions = positions.where(positions < ends[:, None], self.cache.places - 1)
+        if self.shift:  # the output about a position is the one before it
+            is_run = is_run | torch.cat((is_run[:, 1:], torch.zeros_like(is_run[:, :1])), dim=1)
+        counts = is_run.sum(1, keepdim=True)
+        width = int(counts.max())
+        positions = is_run.int().sort(dim=1, descending=True, stable=True).indices[:, :width]
+        positions = positions.where(torch.arange(width, device=positions.device) < counts, self.cache.places - 1)
         row, position = is_wanted.nonzero(as_tuple=True)
-        return self._guided(rows, positions, row * width + position - self.shift - starts[row])
+        column = (is_run.cumsum(1) - 1)[row, position - self.shift]
+        return self._guided(rows, positions, row * width + column)
 
     def _drop_others(self, rows: Rows) -> None:
         """Move what is kept of the rows to the first places of the cache."""

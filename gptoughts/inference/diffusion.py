@@ -238,9 +238,8 @@ class Restoration:
         """All steps of a block, of the rows that have one and were not left."""
         is_block = self.block_of == block
         total, steps = is_block.sum(1), self.steps_per_block
-        positions = torch.arange(is_block.size(1), device=is_block.device)
-        starts = is_block.int().argmax(1)
-        ends = positions.masked_fill(~is_block, 0).max(1).values + 1 if self.options.cache == "dual" else self.lengths
+        is_window = self._window(is_block)
+        was_mask = self.is_mask.clone()
         step = 0
         while (wanted := self._masks(block)).any():
             index = wanted.any(1).nonzero().squeeze(1)
@@ -249,10 +248,22 @@ class Restoration:
             if self.options.cache == "none" or step == 0:
                 logits = self.denoiser.logits(rows, wanted)
             else:
-                logits = self.denoiser.window_logits(rows, wanted, starts[index], ends[index])
+                # Where only masks are run: those that the step before restored have not been run as what they are.
+                is_run = is_block & was_mask if self.options.cache == "delayed" else is_window
+                logits = self.denoiser.window_logits(rows, wanted, is_run[index, : rows.tokens.size(1)])
+            was_mask = self.is_mask.clone()
             quota = total // steps + (step < total % steps)
             yield self._keep(index, wanted, logits, quota[index])
             step += 1
+
+    def _window(self, is_block: Tensor) -> Tensor:
+        """bool [b, s]: from a block's first position to its last one, or with ``cache="prefix"`` to the row's end."""
+        positions = torch.arange(is_block.size(1), device=is_block.device)
+        starts = is_block.int().argmax(1)
+        ends = self.lengths
+        if self.options.cache == "dual":
+            ends = positions.masked_fill(~is_block, 0).max(1).values + 1
+        return (positions >= starts[:, None]) & (positions < ends[:, None])
 
     def _masks(self, block: int) -> Tensor:
         """bool [b, s]: masks of a block that are still to be restored."""

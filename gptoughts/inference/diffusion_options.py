@@ -35,8 +35,9 @@ class DiffusionOptions:
     """Keep every prediction of at least this probability, and always the best one, instead of a number per step."""
     factor: float | None = None
     """Keep the n best predictions while (n + 1)(1 - probability of the n-th) stays within this, and always one."""
-    cache: Literal["none", "prefix", "dual"] = "none"
-    """Which keys and values stay as they were at a block's start: none, those before the block, or all outside it."""
+    cache: Literal["none", "prefix", "dual", "delayed"] = "none"
+    """Which keys and values stay as they were at a block's start. none: none. prefix: those before the block. dual: all
+    outside it. delayed: besides, those of its given tokens, and of a restored one from the step after next on."""
     stop_at_end: bool = True
     """Leave a row once its answer has an end of text or turn with no mask before it; what stands before that end is the
     same. Rows that go on after their masks are not left."""
@@ -99,8 +100,8 @@ class DiffusionOptions:
             found.append(f"seed={self.seed}: from 0 to 2^63 - 1")
         if self.remasking not in ("low_confidence", "random"):
             found.append(f"remasking={self.remasking!r}: low_confidence or random")
-        if self.cache not in ("none", "prefix", "dual"):
-            found.append(f"cache={self.cache!r}: none, prefix or dual")
+        if self.cache not in ("none", "prefix", "dual", "delayed"):
+            found.append(f"cache={self.cache!r}: none, prefix, dual or delayed")
         if not 0 <= self.cfg_scale < math.inf:
             found.append(f"cfg_scale={self.cfg_scale}: 0 (no guidance) or more")
         if self.steps is not None and self.steps < 1:

@@ -48,7 +48,7 @@ from gptoughts.inference.remasking import SpecialTokens, choose, predict
         ),
         ({"remasking": "best"}, "remasking='best': low_confidence or random"),
         ({"seed": -1}, "seed=-1: from 0 to 2^63 - 1"),
-        ({"cache": "both"}, "cache='both': none, prefix or dual"),
+        ({"cache": "both"}, "cache='both': none, prefix, dual or delayed"),
     ],
     ids=str,
 )

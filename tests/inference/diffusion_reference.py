@@ -16,8 +16,8 @@ from torch import Tensor
 from tests.parity.llada_reference import Attention, LatentAttention, Reference, turn
 
 Logits = Callable[[list[int], Collection[int] | None], Tensor]
-"""A row, and which of its positions are computed anew (None: all), to logits [length, v], without the mask's. What is
-outside these positions is looked at as it was when all were computed last."""
+"""A row, and which of its positions are computed anew (None: all), to logits [length, v], without the mask's. The
+others are looked at as they were when they were computed last."""
 
 
 @dataclass
@@ -48,9 +48,13 @@ class Plain:
         for start in range(0, len(holes), self.block_length):
             block = holes[start : start + self.block_length]
             size, step = len(block), 0
-            window = range(block[0] - self.shift, block[-1] + 1 if self.cache == "dual" else len(row))
+            window: Collection[int] = range(block[0] - self.shift, block[-1] + 1 if self.cache == "dual" else len(row))
+            fresh: list[int] = []
             while any(row[i] == self.mask for i in block):
                 wanted = [i for i in block if row[i] == self.mask]
+                if self.cache == "delayed":
+                    anew = [*wanted, *fresh]
+                    window = {*anew, *(i - self.shift for i in anew)}
                 predictions = self.predict(
                     self.guided(row, given, window if self.cache != "none" and step else None), wanted
                 )
@@ -60,6 +64,7 @@ class Plain:
                 for i in kept:
                     row[i] = predictions[i][0]
                 self.kept_by_step.append(kept)
+                fresh = kept
                 step += 1
         return row
 
@@ -105,9 +110,9 @@ class Plain:
 
 
 class Freezing:
-    """Logits of a reference model that keeps the keys and values of whole rows.
+    """Logits of a reference model that keeps the keys and values of every position's last forward.
 
-    It keeps those of the last two: a guided sampler asks for a row and its unguided side in turn.
+    It keeps those of two rows: a guided sampler asks for a row and its unguided side in turn.
     """
 
     def __init__(self, model: Reference, vocab_size: int, *, sides: int = 1) -> None:
@@ -127,13 +132,12 @@ class Freezing:
             if window is not None:
                 kept_k, kept_v = self.kept[side][number]
                 k, v = torch.where(is_new, k, kept_k), torch.where(is_new, v, kept_v)
-            found.append((k, v))
+            found.append((k, v))  # kept below: what is run in one step is looked at by later ones
             scores = (q @ k.transpose(-1, -2) / q.size(-1) ** 0.5).softmax(-1)
             x = x + block.attention.out((scores @ v).transpose(1, 2).reshape(1, len(row), -1))
             normed = block.feed_forward_norm(x)
             x = x + block.down(torch.nn.functional.silu(block.gate(normed)) * block.up(normed))
-        if window is None:
-            self.kept[side : side + 1] = [found]
+        self.kept[side : side + 1] = [found]
         return self.model.head(self.model.norm(x))[0, :, : self.vocab_size]
 
 

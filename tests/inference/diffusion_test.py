@@ -27,7 +27,7 @@ EOS, EOT = 21, 76
 """Tokens that the random model likes, so that the options about ends matter."""
 SPECIAL = SpecialTokens(MASK, EOS, EOT)
 SHAPE: dict[str, Any] = {
-    "num_layers": 2, "hidden_size": 48, "ffn_hidden_size": 80, "num_attention_heads": 4, "vocab_size": VOCABULARY,
+    "num_layers": 2, "hidden_size": 64, "ffn_hidden_size": 80, "num_attention_heads": 4, "vocab_size": VOCABULARY,
     "seq_length": CONTEXT, "rotary_base": 500,
 }  # fmt: skip
 LATENT = {"kv_lora_rank": 24, "qk_head_dim": 12, "qk_pos_emb_head_dim": 8, "v_head_dim": 10}
@@ -148,7 +148,7 @@ CACHED_CASES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize(
     ("kind", "case"), [*(("gqa", case) for case in CACHED_CASES), ("mha", "fixed"), ("mla", "threshold")]
 )
-@pytest.mark.parametrize("cache", ["prefix", "dual"])
+@pytest.mark.parametrize("cache", ["prefix", "dual", "delayed"])
 def test_caches_freeze_what_is_outside_the_window(kind: str, cache: Any, case: str) -> None:
     changes = CACHED_CASES[case]
     model, logits_of = independent(kind, sides=2 if case == "guidance" else 1)
@@ -182,6 +182,8 @@ RAGGED_CASES = {
     "dual cache of latents": ("mla", {"cache": "dual"}),
     "dual cache, guided": ("gqa", {"threshold": 0.6, "cache": "dual", "cfg_scale": 1.0, "stop_at_end": True}),
     "dual cache, experts": ("moe", {"factor": 1.2, "cache": "dual"}),
+    "delayed cache": ("gqa", {"threshold": 0.6, "cache": "delayed"}),
+    "delayed cache of latents, guided": ("mla", {"cache": "delayed", "cfg_scale": 1.0, "stop_at_end": True}),
 }
 
 
@@ -228,7 +230,7 @@ def test_leaving_at_the_end_changes_nothing_before_it() -> None:
     assert sampler.num_forwards > 16
 
 
-@pytest.mark.parametrize("cache", ["none", "prefix", "dual"])
+@pytest.mark.parametrize("cache", ["none", "prefix", "dual", "delayed"])
 def test_a_shifted_model_is_read_one_position_earlier(cache: Any) -> None:
     model, logits_of = independent("gqa")
     sampler = sampler_of(model, is_shifted=True)
