@@ -162,12 +162,11 @@ void attend(const Work& work, const Layer& layer, int64_t sequence, int64_t grou
         }
         inverse[m] = 1.0f / sum(total);
     }
-    const int64_t wide = count > 4 ? 2 * WIDTH : 4 * WIDTH;
+    const Mixtures& mixtures = MIXTURES[count - 1];
     for (int64_t i = 0; i < d;) {
-        const bool is_wide = d - i >= wide;
-        (is_wide ? MIXTURES[count - 1].wide : MIXTURES[count - 1].narrow)(scores, stride, most, values, d, inverse,
-                                                                          targets, i);
-        i += is_wide ? wide : WIDTH;
+        const bool is_wide = d - i >= mixtures.columns;
+        (is_wide ? mixtures.wide : mixtures.narrow)(scores, stride, most, values, d, inverse, targets, i);
+        i += is_wide ? mixtures.columns : WIDTH;
     }
 }
 
@@ -177,7 +176,7 @@ void attention(const Work& work, const Layer& layer) {
     float* scores = work.scores + work.thread * ROWS * ((work.most_visible + WIDTH - 1) / WIDTH * WIDTH);
     for (int64_t unit = part.begin; unit < part.end; ++unit) {
         const int64_t block = unit % blocks, group = unit / blocks % work.shape.groups;
-        const int64_t first = block * ROWS, count = queries - first < ROWS ? queries - first : ROWS;
+        const int64_t first = queries * block / blocks, count = queries * (block + 1) / blocks - first;
         attend(work, layer, unit / blocks / work.shape.groups, group, first, count, scores);
     }
 }

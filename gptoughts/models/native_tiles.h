@@ -67,11 +67,13 @@ inline float sum(Vector v) {
 #define PAIRED(left, right, ...) _mm512_permutex2var_ps(left, _mm512_setr_epi32(__VA_ARGS__), right)
 
 // sum() of eight vectors at once, each by the same tree: lane i with lane i + 8, then i + 4, i + 2, i + 1.
-inline void sums(const Vector* v, float* found) {
+inline __attribute__((always_inline)) void sums(const Vector* v, float* found) {
     Vector a[4], b[2];
+#pragma GCC unroll 4
     for (int k = 0; k < 4; ++k)
         a[k] = PAIRED(v[2 * k], v[2 * k + 1], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
                PAIRED(v[2 * k], v[2 * k + 1], 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+#pragma GCC unroll 2
     for (int k = 0; k < 2; ++k)
         b[k] = PAIRED(a[2 * k], a[2 * k + 1], 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
                PAIRED(a[2 * k], a[2 * k + 1], 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
@@ -107,6 +109,9 @@ inline Vector exponential(Vector x) {
     return p * scale;
 }
 
+constexpr int64_t PANEL = 512;         // inputs of a sum that is added to those before it
+constexpr int64_t FIRST_CACHE = 6144;  // floats of rows that leave room for a matrix in it
+
 // Outputs that a tile of R rows has beside them: as many as registers hold.
 #ifdef __AVX512F__
 constexpr int outputs_beside(int rows) { return rows <= 3 ? 8 : rows == 4 ? 6 : rows <= 6 ? 4 : 3; }
@@ -114,63 +119,81 @@ constexpr int outputs_beside(int rows) { return rows <= 3 ? 8 : rows == 4 ? 6 : 
 constexpr int outputs_beside(int rows) { return rows == 1 ? 8 : rows == 2 ? 4 : rows == 3 ? 3 : 2; }
 #endif
 
-// Dot products of R rows (stride_x apart) with C rows of a matrix: found[c * R + r].
+// R rows (stride_x apart) times C rows of a matrix: y[r][c] (+)= x[r] . w[c].
 template <int R, int C>
-inline void tile(const float* x, int64_t stride_x, const float* w, int64_t stride_w, int64_t inputs, float* found) {
-    constexpr int groups_of_8 = (R * C + 7) / 8;
-    Vector total[groups_of_8 * 8] = {};
+inline __attribute__((always_inline)) void tile(const float* x, int64_t stride_x, const float* w, int64_t stride_w,
+                                                int64_t inputs, float* y, int64_t stride_y, bool adds) {
+    constexpr int EIGHTS = (R * C + 7) / 8;
+    Vector total[EIGHTS * 8];
+#pragma GCC unroll 32
+    for (int i = 0; i < EIGHTS * 8; ++i) total[i] = Vector{};
     const float* ahead = w + 2 * C * stride_w;  // one tile ahead is too late for memory
     for (int64_t k = 0; k < inputs; k += WIDTH) {
         Vector right[C];
+#pragma GCC unroll 8
         for (int c = 0; c < C; ++c) {
             right[c] = load(w + c * stride_w + k);
             __builtin_prefetch(ahead + c * stride_w + k);
         }
+#pragma GCC unroll 8
         for (int r = 0; r < R; ++r) {
             Vector left = load(x + r * stride_x + k);
             keep_in_register(left);
+#pragma GCC unroll 8
             for (int c = 0; c < C; ++c) total[c * R + r] = multiply_add(left, right[c], total[c * R + r]);
         }
     }
-    for (int group = 0; group < groups_of_8; ++group) sums(total + 8 * group, found + 8 * group);
+    float found[EIGHTS * 8];
+#pragma GCC unroll 4
+    for (int eight = 0; eight < EIGHTS; ++eight) sums(total + 8 * eight, found + 8 * eight);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+        for (int c = 0; c < C; ++c)
+            y[r * stride_y + c] = adds ? y[r * stride_y + c] + found[c * R + r] : found[c * R + r];
 }
 
-typedef void (*Tile)(const float*, int64_t, const float*, int64_t, int64_t, float*);
+typedef void (*Products)(const float*, int64_t, const float*, int64_t, int64_t, int64_t, float*, int64_t, bool);
 
-struct Tiles {
-    int64_t outputs;
-    Tile several, one;
-};
-
+// The same for all outputs.
 template <int R>
-constexpr Tiles tiles_of() {
-    return {outputs_beside(R), tile<R, outputs_beside(R)>, tile<R, 1>};
+void panel_of(const float* x, int64_t stride_x, const float* w, int64_t stride_w, int64_t inputs, int64_t outputs,
+              float* y, int64_t stride_y, bool adds) {
+    constexpr int C = outputs_beside(R);
+    int64_t at = 0;
+    for (; at + C <= outputs; at += C)
+        tile<R, C>(x, stride_x, w + at * stride_w, stride_w, inputs, y + at, stride_y, adds);
+    for (; at < outputs; ++at) tile<R, 1>(x, stride_x, w + at * stride_w, stride_w, inputs, y + at, stride_y, adds);
+}
+
+// Panel after panel of the inputs, so that the rows, which all outputs read again, stay in the first cache.
+template <int R>
+void products_of(const float* x, int64_t stride_x, const float* w, int64_t stride_w, int64_t inputs, int64_t outputs,
+                 float* y, int64_t stride_y, bool adds) {
+    // Few rows stay there whole; then the matrix is read from end to end. Sums are the same.
+    const int64_t some = inputs > PANEL && R * inputs <= FIRST_CACHE ? outputs_beside(R) : outputs;
+    for (int64_t at = 0; at < outputs; at += some)
+        for (int64_t k = 0; k < inputs; k += PANEL)
+            panel_of<R>(x + k, stride_x, w + at * stride_w + k, stride_w, inputs - k < PANEL ? inputs - k : PANEL,
+                        outputs - at < some ? outputs - at : some, y + at, stride_y, adds || k > 0);
 }
 
 #ifdef __AVX512F__
-constexpr Tiles TILES[ROWS] = {tiles_of<1>(), tiles_of<2>(), tiles_of<3>(), tiles_of<4>(),
-                               tiles_of<5>(), tiles_of<6>(), tiles_of<7>(), tiles_of<8>()};
+constexpr Products PRODUCTS[ROWS] = {products_of<1>, products_of<2>, products_of<3>, products_of<4>,
+                                     products_of<5>, products_of<6>, products_of<7>, products_of<8>};
 #else
-constexpr Tiles TILES[ROWS] = {tiles_of<1>(), tiles_of<2>(), tiles_of<3>(), tiles_of<4>()};
+constexpr Products PRODUCTS[ROWS] = {products_of<1>, products_of<2>, products_of<3>, products_of<4>};
 #endif
 
 // y[r][c] (+)= x[r] . w[c] for all rows and some outputs.
 void product(const float* x, int64_t stride_x, int64_t rows, const float* w, int64_t stride_w, int64_t inputs,
              int64_t outputs, float* y, int64_t stride_y, bool adds) {
-    float found[32];
-    for (int64_t row = 0; row < rows; row += ROWS) {
-        const int64_t count = rows - row < ROWS ? rows - row : ROWS;
-        const Tiles& tiles = TILES[count - 1];
-        for (int64_t at = 0; at < outputs;) {
-            const int64_t width = outputs - at < tiles.outputs ? 1 : tiles.outputs;
-            (width == 1 ? tiles.one : tiles.several)(x + row * stride_x, stride_x, w + at * stride_w, stride_w, inputs,
-                                                     found);
-            for (int64_t r = 0; r < count; ++r) {
-                float* target = y + (row + r) * stride_y + at;
-                for (int64_t c = 0; c < width; ++c) target[c] = (adds ? target[c] : 0.0f) + found[c * count + r];
-            }
-            at += width;
-        }
+    // As even as can be: 17 rows are 6, 6 and 5, since 8, 8 and 1 would read the matrix for one row once more.
+    const int64_t passes = (rows + ROWS - 1) / ROWS;
+    for (int64_t pass = 0; pass < passes; ++pass) {
+        const int64_t row = rows * pass / passes, count = rows * (pass + 1) / passes - row;
+        PRODUCTS[count - 1](x + row * stride_x, stride_x, w, stride_w, inputs, outputs, y + row * stride_y, stride_y,
+                            adds);
     }
 }
 
@@ -194,12 +217,18 @@ void mixture(const float* shares, int64_t stride, int64_t places, const float* v
 typedef void (*Mixture)(const float*, int64_t, int64_t, const float*, int64_t, const float*, float* const*, int64_t);
 
 struct Mixtures {
-    Mixture wide, narrow;  // 4 * WIDTH columns (of more than 4 rows: 2), or 1
+    int64_t columns;
+    Mixture wide, narrow;  // of so many columns, or of WIDTH
 };
 
 template <int R>
 constexpr Mixtures mixtures_of() {
-    return {mixture<R, (R > 4 ? 2 : 4)>, mixture<R, 1>};
+#ifdef __AVX512F__
+    constexpr int C = R > 6 ? 2 : 4;
+#else
+    constexpr int C = R > 2 ? 2 : 4;
+#endif
+    return {C * WIDTH, mixture<R, C>, mixture<R, 1>};
 }
 
 #ifdef __AVX512F__
