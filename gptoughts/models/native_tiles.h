@@ -24,7 +24,6 @@ constexpr bool IS_MEASURED = true;
 constexpr bool IS_MEASURED = false;
 #endif
 
-
 typedef float Vector __attribute__((vector_size(WIDTH * 4)));
 typedef float Unaligned __attribute__((vector_size(WIDTH * 4), aligned(4), may_alias));
 typedef int32_t Integers __attribute__((vector_size(WIDTH * 4)));
