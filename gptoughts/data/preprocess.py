@@ -95,8 +95,9 @@ def _encoded(tasks: Iterator[Task], settings: EncodeSettings, workers: int) -> I
             "again goes on where this one was"
         ) from error
     finally:
-        # Not waited for: after an error or Ctrl-C, pieces in flight would take seconds.
-        pool.shutdown(wait=False, cancel_futures=True)
+        # After an error or Ctrl-C not waited for: pieces in flight would take seconds. Without any there is nothing to
+        # wait for but the pool's thread, which at exit Python wakes through a pipe that the thread may be closing.
+        pool.shutdown(wait=not waiting, cancel_futures=True)
 
 
 def preprocess(

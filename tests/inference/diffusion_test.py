@@ -27,12 +27,13 @@ EOS, EOT = 21, 76
 """Tokens that the random model likes, so that the options about ends matter."""
 SPECIAL = SpecialTokens(MASK, EOS, EOT)
 SHAPE: dict[str, Any] = {
-    "num_layers": 2, "hidden_size": 64, "ffn_hidden_size": 80, "num_attention_heads": 4, "vocab_size": VOCABULARY,
+    "num_layers": 2, "hidden_size": 48, "ffn_hidden_size": 80, "num_attention_heads": 4, "vocab_size": VOCABULARY,
     "seq_length": CONTEXT, "rotary_base": 500,
 }  # fmt: skip
 LATENT = {"kv_lora_rank": 24, "qk_head_dim": 12, "qk_pos_emb_head_dim": 8, "v_head_dim": 10}
 SHAPES = {
     "mha": LLaDAConfig(**SHAPE).filled(),
+    "wide": LLaDAConfig(**SHAPE | {"hidden_size": 64}).filled(),  # our C++ takes it
     "gqa": LLaDAConfig(**SHAPE, num_query_groups=2).filled(),
     "mla": LLaDALatentConfig(**SHAPE, **LATENT).filled(),
     "moe": LLaDAExpertConfig(**SHAPE, num_moe_experts=4, moe_router_topk=2, moe_ffn_hidden_size=24).filled(),
@@ -146,7 +147,8 @@ CACHED_CASES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize(
-    ("kind", "case"), [*(("gqa", case) for case in CACHED_CASES), ("mha", "fixed"), ("mla", "threshold")]
+    ("kind", "case"),
+    [*(("gqa", case) for case in CACHED_CASES), ("mha", "fixed"), ("wide", "threshold"), ("mla", "threshold")],
 )
 @pytest.mark.parametrize("cache", ["prefix", "dual", "delayed"])
 def test_caches_freeze_what_is_outside_the_window(kind: str, cache: Any, case: str) -> None:
@@ -182,7 +184,7 @@ RAGGED_CASES = {
     "dual cache of latents": ("mla", {"cache": "dual"}),
     "dual cache, guided": ("gqa", {"threshold": 0.6, "cache": "dual", "cfg_scale": 1.0, "stop_at_end": True}),
     "dual cache, experts": ("moe", {"factor": 1.2, "cache": "dual"}),
-    "delayed cache": ("gqa", {"threshold": 0.6, "cache": "delayed"}),
+    "delayed cache": ("wide", {"threshold": 0.6, "cache": "delayed"}),
     "delayed cache of latents, guided": ("mla", {"cache": "delayed", "cfg_scale": 1.0, "stop_at_end": True}),
 }
 

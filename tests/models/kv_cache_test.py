@@ -23,7 +23,7 @@ LENGTHS = (11, 23, 17)
 PLACES = 40
 TOLERANCE = 1e-5
 _COMMON: dict[str, Any] = {
-    "num_layers": 2, "hidden_size": 64, "ffn_hidden_size": 80, "num_attention_heads": 4, "vocab_size": 100,
+    "num_layers": 2, "hidden_size": 48, "ffn_hidden_size": 64, "num_attention_heads": 4, "vocab_size": 100,
     "seq_length": PLACES,
 }  # fmt: skip
 _LATENT: dict[str, Any] = {
@@ -38,6 +38,9 @@ SHAPES: dict[str, ModelConfig] = {
     ),
     "llada": LLaDAConfig(**_COMMON, num_query_groups=2),
     "llada-mla": LLaDALatentConfig(**_COMMON, **_LATENT),
+    # Of widths that our C++ takes.
+    "gpt-wide": GPTConfig(**_COMMON | {"hidden_size": 64}, num_query_groups=2, qk_layernorm=True),
+    "llada-wide": LLaDAConfig(**_COMMON | {"hidden_size": 64}, num_query_groups=2),
 }  # fmt: skip
 
 
