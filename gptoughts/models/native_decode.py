@@ -63,16 +63,16 @@ def native_decoder(model: Any, output: Tensor) -> NativeDecoder | None:
     final_norm = model.decoder.final_layernorm
     if not isinstance(final_norm, RMSNorm) or not _is_fitting(final_norm.weight):
         return None
-    library = _library()
-    if library is None or not library.decode_width():
+    found = library()
+    if found is None or not found.decode_width():
         return None
     attention = model.decoder.layers[0].self_attention
     widths = (model.config.hidden_size, model.config.ffn_hidden_size, attention.hidden_size_per_attention_head)
-    if any(width % library.decode_width() for width in widths) or widths[2] > _MOST_HEAD_DIM:
+    if any(width % found.decode_width() for width in widths) or widths[2] > _MOST_HEAD_DIM:
         return None
     for weight in (output, *(w for layer in model.decoder.layers for w in _parameters_of(layer) if w is not None)):
         weight.data = huge_pages.moved(weight.data)
-    return NativeDecoder(library, model, output)
+    return NativeDecoder(found, model, output)
 
 
 class NativeDecoder:
@@ -155,16 +155,15 @@ def _check(tensor: Tensor, shape: tuple[int, ...]) -> None:
     assert _is_fitting(tensor)
 
 
-def _library() -> ctypes.CDLL | None:
-    library = native_library.load(SOURCE)
-    if library is not None:
-        library.decode_width.restype = _Count
-        library.decode_product.argtypes = [_Pointer, _Count, _Pointer, _Count, _Count, _Pointer, ctypes.c_int]
-        library.decode_product.restype = None
-        library.decode_layers.argtypes = [
-            _Pointer, _Pointer, _Count, _Pointer, _Pointer, _Pointer, ctypes.c_int
-        ]  # fmt: skip
-    return library
+def library() -> ctypes.CDLL | None:
+    """The C++, with what its functions take; None where it cannot be had."""
+    found = native_library.load(SOURCE)
+    if found is not None:
+        found.decode_width.restype = _Count
+        found.decode_product.argtypes = [_Pointer, _Count, _Pointer, _Count, _Count, _Pointer, ctypes.c_int]
+        found.decode_product.restype = None
+        found.decode_layers.argtypes = [_Pointer, _Pointer, _Count, _Pointer, _Pointer, _Pointer, ctypes.c_int]
+    return found
 
 
 def _parameters_of(layer: Any) -> list[Tensor | None]:

@@ -10,18 +10,18 @@ import torch
 from torch import Tensor
 
 from gptoughts.config.experiment import ExperimentConfig, ParallelConfig
+from gptoughts.models import native_decode
 from gptoughts.models.decode_step import DecodeStep
 from gptoughts.models.gpt.config import GPTConfig
 from gptoughts.models.kv_cache import CacheWindow, KVCache
-from gptoughts.models.native_decode import MOST_ROWS, SOURCE, NativeDecoder, native_decoder
+from gptoughts.models.native_decode import MOST_ROWS, NativeDecoder, native_decoder
 from gptoughts.models.registry import FAMILIES
 from gptoughts.parallel import groups
-from gptoughts.platform import native_library
 from tests.distributed import run_distributed
 from tests.models.kv_cache_test import build, error
 
 pytestmark = pytest.mark.skipif(
-    (library := native_library.load(SOURCE)) is None or not library.decode_width(),
+    (library := native_decode.library()) is None or not library.decode_width(),
     reason="needs a C++ compiler with OpenMP, and a processor with AVX2",
 )
 
@@ -97,6 +97,28 @@ def plain(model: Any, tokens: Tensor) -> Tensor:
         gate, up = (normed(x, layer.pre_mlp_layernorm) @ layer.mlp.linear_fc1.weight.double().t()).chunk(2, -1)
         x = x + (torch.nn.functional.silu(gate) * up) @ layer.mlp.linear_fc2.weight.double().t()
     return normed(x, model.decoder.final_layernorm)
+
+
+def products(rows: Tensor, weight: Tensor, threads: int = 2) -> Tensor:
+    """rows weight^T by the library alone."""
+    assert library is not None
+    found = torch.empty(rows.size(0), weight.size(0))
+    library.decode_product(
+        rows.data_ptr(), rows.size(0), weight.data_ptr(), weight.size(1), weight.size(0), found.data_ptr(), threads
+    )
+    return found
+
+
+@pytest.mark.parametrize(("inputs", "outputs"), [(16, 1), (384, 50), (512, 97), (528, 48), (1408, 131), (4096, 25)])
+def test_products_of_any_size_have_one_order_of_sums(inputs: int, outputs: int) -> None:
+    generator = torch.Generator().manual_seed(8)
+    rows, weight = (torch.randn(n, inputs, generator=generator) for n in (MOST_ROWS, outputs))
+    expected = rows.double() @ weight.double().t()
+    alone = torch.cat([products(row, weight, 1) for row in rows.split(1)])
+    assert error(alone.double(), expected) < 1e-6
+    for count in (*range(2, 20), MOST_ROWS):
+        for threads in (1, 2, 3):
+            assert torch.equal(products(rows[:count].contiguous(), weight, threads), alone[:count]), (count, threads)
 
 
 @torch.inference_mode()
