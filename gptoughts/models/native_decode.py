@@ -21,7 +21,6 @@ from torch import Tensor
 
 from gptoughts.models.attention import SelfAttention
 from gptoughts.models.kv_cache import CacheWindow
-from gptoughts.models.norms import RMSNorm
 from gptoughts.parallel import groups
 from gptoughts.platform import huge_pages, native_library
 
@@ -50,7 +49,7 @@ class _Window(ctypes.Structure):
 
 
 def native_decoder(model: Any, output: Tensor) -> NativeDecoder | None:
-    """The decoder of a ``LanguageModel`` in evaluation mode; None where it does not know the model, or C++ is missing.
+    """The decoder of a model that ``decode_step.is_decodable`` knows; None if it does not suit C++, or that is missing.
 
     Large weights are moved into large pages; they stay the parameters that they are, of the same values.
 
@@ -60,8 +59,7 @@ def native_decoder(model: Any, output: Tensor) -> NativeDecoder | None:
     """
     if groups.tensor_parallel_size() > 1 or not _is_fitting(output) or not all(map(_is_known, model.decoder.layers)):
         return None
-    final_norm = model.decoder.final_layernorm
-    if not isinstance(final_norm, RMSNorm) or not _is_fitting(final_norm.weight):
+    if not _is_fitting(model.decoder.final_layernorm.weight):
         return None
     found = library()
     if found is None or not found.decode_width():

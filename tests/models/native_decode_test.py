@@ -14,7 +14,7 @@ from gptoughts.models import native_decode
 from gptoughts.models.decode_step import DecodeStep
 from gptoughts.models.gpt.config import GPTConfig
 from gptoughts.models.kv_cache import CacheWindow, KVCache
-from gptoughts.models.native_decode import MOST_ROWS, NativeDecoder, native_decoder
+from gptoughts.models.native_decode import MOST_ROWS, native_decoder
 from gptoughts.models.registry import FAMILIES
 from gptoughts.parallel import groups
 from tests.distributed import run_distributed
@@ -54,12 +54,6 @@ def model_of(shape: GPTConfig, dtype: torch.dtype = torch.float32, tensor: int =
             if parameter.dim() == 1:
                 parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
     return model
-
-
-def decoder_of(model: Any) -> NativeDecoder:
-    found = DecodeStep(model).native
-    assert found is not None
-    return found
 
 
 def plain(model: Any, tokens: Tensor) -> Tensor:
